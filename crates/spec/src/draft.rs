@@ -1,0 +1,332 @@
+//! What was asked: the native document, every field optional and as written. Has no defaults, no
+//! rules beyond shape and no effects; `resolve` turns it into a `Machine` or a list of problems.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A machine as asked for. All fields are optional; unknown fields are refused.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(title = "Lodge machine", inline)]
+pub struct Draft {
+    /// A DNS label, unique on the host. Made up from the identity when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The machine's identity. Random when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    /// Virtual CPUs: a number, or a count with the maximum that may be plugged in later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<CpusDraft>,
+    /// Guest memory: a size, or a size with the maximum that may be plugged in later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryDraft>,
+    /// Name of a stored image: the kernel it boots with and the first disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Size of the disk made from `image`; the image's own size when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<Size>,
+    /// What to boot, where that is not what the image says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootDraft>,
+    /// Disks and CD-ROMs, in the guest's order, after the image's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskDraft>>,
+    /// Network interfaces, in the guest's order. One on the network `default` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nics: Option<Vec<NicDraft>>,
+    /// Host ports that lead into the guest: `[IP:]HOST:GUEST[/udp]`, or the same in fields.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<PortDraft>>,
+    /// Host folders that the guest can mount by their tag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shares: Option<Vec<ShareDraft>>,
+    /// Files put into the guest's root before its services start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<Vec<FileDraft>>,
+    /// Public SSH keys for root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssh_keys: Option<Vec<String>>,
+    /// The guest's host name; the machine's name when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Name servers handed to the guest; the network's own when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolvers: Option<Vec<String>>,
+    /// What the guest may read about itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<BTreeMap<String, Scalar>>,
+    /// What people note about the machine; the guest does not see it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tags: Option<BTreeMap<String, Scalar>>,
+    /// Start with the daemon. False when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
+    /// Remove the machine once it has stopped. False when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ephemeral: Option<bool>,
+    /// What to do when the machine ends unasked. `never` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart: Option<RestartDraft>,
+    /// When the guest counts as ready: `console:REGEX`, `port:N` or `dhcp`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<String>,
+    /// The hypervisor: `auto` or the name of one. `auto` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+    /// `auto`, `kvm` or `tcg`. `auto` when absent: KVM where it is proven to run a stock kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accel: Option<String>,
+    /// The board: `auto`, `microvm`, `q35` or `pc`. `auto` when absent: the least that suffices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub board: Option<String>,
+    /// What the hypervisor process may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsDraft>,
+}
+
+/// A number of bytes, or a text such as `512MiB` or `4GB`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum Size {
+    Bytes(u64),
+    Text(String),
+}
+
+/// A text, a number or a truth value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum Scalar {
+    Bool(bool),
+    Integer(i64),
+    Number(f64),
+    Text(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum CpusDraft {
+    Count(u32),
+    Detailed(CpusFields),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct CpusFields {
+    /// CPUs at boot. 1 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
+    /// CPUs that there can be; more than `count` asks for hotplug.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+    /// Threads per core. 1 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+    /// Cores per socket. All in one socket when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cores: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum MemoryDraft {
+    Bytes(u64),
+    Text(String),
+    Detailed(MemoryFields),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct MemoryFields {
+    /// Memory at boot. 512 MiB when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
+    /// Memory that there can be; more than `size` asks for hotplug.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<Size>,
+}
+
+/// Either a kernel (`kernel`, `initrd`, `cmdline`) or firmware (`firmware`, `order`, `once`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct BootDraft {
+    /// Host path of a Linux kernel (bzImage or ELF).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
+    /// Host path of an initial RAM disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<String>,
+    /// Kernel command line; with an image, added after the image's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// `bios` or `uefi`; `bios` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<String>,
+    /// Kinds of device to try in turn: `disk`, `cdrom`, `network`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Vec<String>>,
+    /// The kind of device to try first at the next boot only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub once: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct DiskDraft {
+    /// Name within the machine. `disk0`, `disk1`, … when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Host path of a raw or qcow2 image or a block device; told apart by content. Absent: an
+    /// empty disk of `size`, kept with the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Name of a stored image; the machine writes to a layer of its own above it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Size of an empty disk, or of the layer above an image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
+    /// `virtio`, `scsi` or `ide`. `virtio` when absent, `ide` for a CD-ROM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
+    /// `disk` or `cdrom`. `disk` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub media: Option<String>,
+    /// False when absent; a CD-ROM is always read-only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<bool>,
+    /// Serial number that the guest sees; the name when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct NicDraft {
+    /// Name within the machine. `nic0`, `nic1`, … when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Name of a network. `default` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// `virtio`, `e1000` or `rtl8139`. `virtio` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Ethernet address. Derived from the machine's identity when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// IPv4 address that DHCP hands out. The next free one when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum PortDraft {
+    Text(String),
+    Detailed(PortFields),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct PortFields {
+    /// Host address to listen on. `127.0.0.1` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
+    /// Host port, 1 to 65535.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<u32>,
+    /// Guest port, 1 to 65535.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest: Option<u32>,
+    /// `tcp` or `udp`. `tcp` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct ShareDraft {
+    /// Host folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Mount tag that the guest uses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// True when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<bool>,
+}
+
+/// A file for the guest: `content` or the bytes of host file `source`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct FileDraft {
+    /// Absolute path in the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Host path to read when the machine starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// The text itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// Octal permission bits. `0600` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum RestartDraft {
+    /// `never`, `on-failure` or `always`.
+    Policy(String),
+    Detailed(RestartFields),
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct RestartFields {
+    /// `never`, `on-failure` or `always`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// Restarts in a row before giving up. 5 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct LimitsDraft {
+    /// Percent of one CPU; 250 is two and a half CPUs. Unlimited when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_percent: Option<u32>,
+    /// Relative weight, 1 to 10000. 100 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u32>,
+    /// Memory of the hypervisor process, guest memory included. Unlimited when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Size>,
+    /// Threads of the hypervisor process. 512 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+}

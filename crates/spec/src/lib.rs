@@ -1,0 +1,21 @@
+//! The language that every door speaks: a `Draft` is what was asked, a `Machine` is what was
+//! checked, a `Request` is what may be done. Pure: this crate opens no file, starts no process
+//! and knows no hypervisor binary.
+
+pub mod capability;
+pub mod document;
+pub mod draft;
+pub mod machine;
+pub mod names;
+pub mod problem;
+pub mod request;
+pub mod resolve;
+mod schema;
+pub mod state;
+pub mod units;
+
+pub use draft::Draft;
+pub use machine::Machine;
+pub use names::{Digest, MachineId, Name};
+pub use problem::{Problem, Problems};
+pub use units::Bytes;

@@ -1,0 +1,415 @@
+//! What was checked: a machine in which every value is present, in range and of its own type.
+//! Public fields, no methods that decide. Not serializable: the store keeps the `Draft` that
+//! `to_draft` renders, so that no format ever grows out of this type.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use crate::draft::{
+    BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
+    MemoryFields, NicDraft, PortDraft, PortFields, RestartDraft, RestartFields, Scalar, ShareDraft,
+    Size,
+};
+use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
+use crate::units::Bytes;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Machine {
+    pub id: MachineId,
+    pub name: Name,
+    pub cpus: Cpus,
+    pub memory: Memory,
+    pub boot: Boot,
+    /// In the guest's order; the image's disk, if any, is the first.
+    pub disks: Vec<Disk>,
+    pub nics: Vec<Nic>,
+    pub ports: Vec<Port>,
+    pub shares: Vec<Share>,
+    pub files: Vec<GuestFile>,
+    pub ssh_keys: Vec<String>,
+    pub hostname: String,
+    pub resolvers: Vec<IpAddr>,
+    pub metadata: BTreeMap<String, Scalar>,
+    pub tags: BTreeMap<String, Scalar>,
+    pub autostart: bool,
+    pub ephemeral: bool,
+    pub restart: Restart,
+    pub ready: Option<Readiness>,
+    pub backend: Option<BackendKind>,
+    pub accel: Option<Accel>,
+    pub board: Option<Board>,
+    pub limits: Limits,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpus {
+    pub count: u32,
+    /// At least `count`; more means that CPUs can be plugged in.
+    pub max: u32,
+    pub threads: u32,
+    /// Per socket; `None` puts all into one.
+    pub cores: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    pub size: Bytes,
+    /// At least `size`; more means that memory can be plugged in.
+    pub max: Bytes,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// A kernel loaded by the hypervisor, no firmware.
+    Kernel { kernel: PathBuf, initrd: Option<PathBuf>, cmdline: String },
+    /// Firmware that finds something to boot on the machine's devices.
+    Firmware { firmware: Firmware, order: Vec<BootDevice>, once: Option<BootDevice> },
+    /// What the image's record says; `cmdline` is added to its own.
+    Image { image: ImageName, cmdline: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    pub name: DeviceName,
+    pub source: DiskSource,
+    pub bus: DiskBus,
+    pub media: Media,
+    pub read_only: bool,
+    pub serial: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskSource {
+    /// A file or block device of the host, used in place.
+    Path(PathBuf),
+    /// A layer of the machine's own above a stored image, at least as large as the image.
+    Image { image: ImageName, size: Option<Bytes> },
+    /// An empty disk kept with the machine.
+    Blank { size: Bytes },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nic {
+    pub name: DeviceName,
+    pub network: NetName,
+    pub model: NicModel,
+    pub mac: Mac,
+    /// What DHCP hands out; `None` takes the network's next free address.
+    pub address: Option<Ipv4Addr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    pub ip: IpAddr,
+    pub host: u16,
+    pub guest: u16,
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub source: PathBuf,
+    pub tag: DeviceName,
+    pub read_only: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFile {
+    /// Absolute, without `.` or `..` parts.
+    pub path: String,
+    pub content: FileContent,
+    /// Permission bits, at most 0o7777.
+    pub mode: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FileContent {
+    Text(String),
+    /// Read from the host when the machine starts.
+    Source(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restart {
+    pub policy: RestartPolicy,
+    /// Restarts in a row before giving up.
+    pub max: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// A regular expression that a console line matches.
+    Console(String),
+    /// A TCP port of the guest's first interface that accepts a connection.
+    Port(u16),
+    /// A DHCP lease was taken.
+    Dhcp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Percent of one CPU.
+    pub cpu_percent: Option<u32>,
+    /// 1 to 10000; 100 is what others have.
+    pub cpu_weight: u32,
+    pub memory: Option<Bytes>,
+    pub threads: u32,
+}
+
+/// A closed set of words: the type, its spellings and its parser in one table.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(serde::Serialize, serde::Deserialize)]
+        pub enum $name { $(#[serde(rename = $word)] $variant),+ }
+
+        impl $name {
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                Self::ALL.iter().copied().find(|v| v.as_str() == text).ok_or_else(|| {
+                    let known: Vec<_> = Self::ALL.iter().map(|v| v.as_str()).collect();
+                    format!("{text:?} is not known here; known are {}", known.join(", "))
+                })
+            }
+        }
+    };
+}
+
+words!(Firmware { Bios = "bios", Uefi = "uefi" });
+words!(
+    /// A kind of device that firmware can boot from.
+    BootDevice { Disk = "disk", Cdrom = "cdrom", Network = "network" }
+);
+words!(DiskBus { Virtio = "virtio", Scsi = "scsi", Ide = "ide" });
+words!(Media { Disk = "disk", Cdrom = "cdrom" });
+words!(NicModel { Virtio = "virtio", E1000 = "e1000", Rtl8139 = "rtl8139" });
+words!(Protocol { Tcp = "tcp", Udp = "udp" });
+words!(RestartPolicy { Never = "never", OnFailure = "on-failure", Always = "always" });
+words!(
+    /// A hypervisor that Lodge can drive.
+    BackendKind { Qemu = "qemu" }
+);
+words!(
+    /// How guest code is executed.
+    Accel { Kvm = "kvm", Tcg = "tcg" }
+);
+words!(
+    /// The virtual board.
+    Board { Microvm = "microvm", Q35 = "q35", Pc = "pc" }
+);
+
+impl std::fmt::Display for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Port { ip, host, guest, protocol } = self;
+        let ip = match ip {
+            IpAddr::V4(v4) => v4.to_string(),
+            IpAddr::V6(v6) => format!("[{v6}]"),
+        };
+        write!(f, "{ip}:{host}:{guest}/{protocol}")
+    }
+}
+
+impl std::fmt::Display for Readiness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Readiness::Console(regex) => write!(f, "console:{regex}"),
+            Readiness::Port(port) => write!(f, "port:{port}"),
+            Readiness::Dhcp => f.write_str("dhcp"),
+        }
+    }
+}
+
+impl Machine {
+    /// The document that resolves to this very machine; nothing in it is left to a default.
+    pub fn to_draft(&self) -> Draft {
+        let Machine {
+            id,
+            name,
+            cpus: Cpus { count, max, threads, cores },
+            memory: Memory { size: memory_size, max: memory_max },
+            boot,
+            disks,
+            nics,
+            ports,
+            shares,
+            files,
+            ssh_keys,
+            hostname,
+            resolvers,
+            metadata,
+            tags,
+            autostart,
+            ephemeral,
+            restart: Restart { policy, max: restart_max },
+            ready,
+            backend,
+            accel,
+            board,
+            limits: Limits { cpu_percent, cpu_weight, memory: memory_limit, threads: max_threads },
+        } = self;
+        let (image, boot) = boot_to_draft(boot);
+        let own_disks = match image {
+            Some(_) => &disks[1..],
+            None => &disks[..],
+        };
+        let image_size = match disks.first().filter(|_| image.is_some()).map(|d| &d.source) {
+            Some(DiskSource::Image { size, .. }) => size.map(text_size),
+            Some(DiskSource::Path(_) | DiskSource::Blank { .. }) | None => None,
+        };
+        let auto = |word: Option<&'static str>| Some(word.unwrap_or("auto").to_owned());
+        Draft {
+            name: Some(name.to_string()),
+            uuid: Some(id.to_string()),
+            cpus: Some(CpusDraft::Detailed(CpusFields {
+                count: Some(*count),
+                max: Some(*max),
+                threads: Some(*threads),
+                cores: *cores,
+            })),
+            memory: Some(MemoryDraft::Detailed(MemoryFields {
+                size: Some(text_size(*memory_size)),
+                max: Some(text_size(*memory_max)),
+            })),
+            image,
+            image_size,
+            boot,
+            disks: Some(own_disks.iter().map(disk_to_draft).collect()),
+            nics: Some(nics.iter().map(nic_to_draft).collect()),
+            ports: Some(ports.iter().map(port_to_draft).collect()),
+            shares: Some(shares.iter().map(share_to_draft).collect()),
+            files: Some(files.iter().map(file_to_draft).collect()),
+            ssh_keys: Some(ssh_keys.clone()),
+            hostname: Some(hostname.clone()),
+            resolvers: Some(resolvers.iter().map(IpAddr::to_string).collect()),
+            metadata: Some(metadata.clone()),
+            tags: Some(tags.clone()),
+            autostart: Some(*autostart),
+            ephemeral: Some(*ephemeral),
+            restart: Some(RestartDraft::Detailed(RestartFields {
+                policy: Some(policy.to_string()),
+                max: Some(*restart_max),
+            })),
+            ready: ready.as_ref().map(Readiness::to_string),
+            backend: auto(backend.map(BackendKind::as_str)),
+            accel: auto(accel.map(Accel::as_str)),
+            board: auto(board.map(Board::as_str)),
+            limits: Some(LimitsDraft {
+                cpu_percent: *cpu_percent,
+                cpu_weight: Some(*cpu_weight),
+                memory: memory_limit.map(text_size),
+                threads: Some(*max_threads),
+            }),
+        }
+    }
+}
+
+fn text_size(bytes: Bytes) -> Size {
+    Size::Text(bytes.to_string())
+}
+
+fn path_text(path: &std::path::Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
+    let empty = BootDraft::default();
+    match boot {
+        Boot::Kernel { kernel, initrd, cmdline } => (
+            None,
+            Some(BootDraft {
+                kernel: Some(path_text(kernel)),
+                initrd: initrd.as_deref().map(path_text),
+                cmdline: Some(cmdline.clone()),
+                ..empty
+            }),
+        ),
+        Boot::Firmware { firmware, order, once } => (
+            None,
+            Some(BootDraft {
+                firmware: Some(firmware.to_string()),
+                order: Some(order.iter().map(BootDevice::to_string).collect()),
+                once: once.map(|device| device.to_string()),
+                ..empty
+            }),
+        ),
+        Boot::Image { image, cmdline } => (
+            Some(image.to_string()),
+            Some(BootDraft { cmdline: Some(cmdline.clone()), ..empty }),
+        ),
+    }
+}
+
+fn disk_to_draft(disk: &Disk) -> DiskDraft {
+    let Disk { name, source, bus, media, read_only, serial } = disk;
+    let (path, image, size) = match source {
+        DiskSource::Path(path) => (Some(path_text(path)), None, None),
+        DiskSource::Image { image, size } => (None, Some(image.to_string()), *size),
+        DiskSource::Blank { size } => (None, None, Some(*size)),
+    };
+    DiskDraft {
+        name: Some(name.to_string()),
+        source: path,
+        image,
+        size: size.map(text_size),
+        bus: Some(bus.to_string()),
+        media: Some(media.to_string()),
+        read_only: Some(*read_only),
+        serial: Some(serial.clone()),
+    }
+}
+
+fn nic_to_draft(nic: &Nic) -> NicDraft {
+    let Nic { name, network, model, mac, address } = nic;
+    NicDraft {
+        name: Some(name.to_string()),
+        network: Some(network.to_string()),
+        model: Some(model.to_string()),
+        mac: Some(mac.to_string()),
+        address: address.map(|a| a.to_string()),
+    }
+}
+
+fn port_to_draft(port: &Port) -> PortDraft {
+    let Port { ip, host, guest, protocol } = port;
+    PortDraft::Detailed(PortFields {
+        ip: Some(ip.to_string()),
+        host: Some(u32::from(*host)),
+        guest: Some(u32::from(*guest)),
+        protocol: Some(protocol.to_string()),
+    })
+}
+
+fn share_to_draft(share: &Share) -> ShareDraft {
+    let Share { source, tag, read_only } = share;
+    ShareDraft {
+        source: Some(path_text(source)),
+        tag: Some(tag.to_string()),
+        read_only: Some(*read_only),
+    }
+}
+
+fn file_to_draft(file: &GuestFile) -> FileDraft {
+    let GuestFile { path, content, mode } = file;
+    let (source, content) = match content {
+        FileContent::Text(text) => (None, Some(text.clone())),
+        FileContent::Source(source) => (Some(path_text(source)), None),
+    };
+    FileDraft { path: Some(path.clone()), source, content, mode: Some(format!("{mode:04o}")) }
+}

@@ -1,0 +1,128 @@
+//! The closed list of what may be asked of Lodge and how it answers. Doors translate to and from
+//! these; policy is behind them. They are also the messages of the native socket, one JSON object
+//! a line, which is why this file, besides `draft`, knows serde.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::draft::{DiskDraft, Draft, NicDraft};
+use crate::names::ImageName;
+use crate::problem::Problem;
+use crate::state::{Event, State, Summary};
+
+/// A machine as people name it: its name, its UUID or an unambiguous start of the UUID.
+pub type Target = String;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Request {
+    Ping,
+    Create { draft: Box<Draft> },
+    Plan { draft: Box<Draft> },
+    Start { target: Target },
+    Stop { target: Target, force: bool, timeout_ms: u64 },
+    Restart { target: Target, timeout_ms: u64 },
+    Reset { target: Target },
+    Pause { target: Target },
+    Resume { target: Target },
+    Remove { target: Target, force: bool },
+    Update { target: Target, change: Change },
+    List { all: bool },
+    Inspect { target: Target },
+    Why { target: Target },
+    Timeline { target: Target },
+    /// Ends with one `Summary` when the condition holds, or a refusal when it cannot any more.
+    Wait { target: Target, until: Condition, timeout_ms: Option<u64> },
+    /// A stream of `Event` replies; after the past ones it goes on when `follow` is set.
+    Events { target: Option<Target>, follow: bool },
+    /// Where the machine's console and its log are.
+    Console { target: Target },
+    Doctor,
+    Gc { dry_run: bool },
+    /// A stream of `Progress`, then `Image`.
+    ImageBuild { name: ImageName, size: Option<u64>, packages: Vec<String> },
+    ImageAdd { path: String, name: Option<ImageName> },
+    ImageList,
+    ImageInspect { name: ImageName },
+    ImageRemove { name: ImageName },
+    ImageVerify { name: Option<ImageName> },
+}
+
+/// One change to a machine, live where it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "snake_case")]
+pub enum Change {
+    Cpus { count: u32 },
+    Memory { bytes: u64 },
+    AddDisk { disk: DiskDraft },
+    RemoveDisk { name: String },
+    AddNic { nic: NicDraft },
+    RemoveNic { name: String },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Condition {
+    Running,
+    Ready,
+    Stopped,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    Done,
+    Pong { version: String, pid: u32 },
+    Summary { machine: Summary },
+    List { machines: Vec<Summary> },
+    /// A document with a shape documented beside its command.
+    Document { value: Value },
+    Text { text: String },
+    Event { event: Event },
+    Progress { message: String, done: u64, total: u64 },
+    Console { socket: String, log: String },
+    Refused { refusal: Refusal },
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Refusal {
+    #[error("there is no machine {target}{}", hint(.near))]
+    NotFound { target: Target, near: Option<String> },
+    #[error("{target} could be any of {}", .candidates.join(", "))]
+    Ambiguous { target: Target, candidates: Vec<String> },
+    #[error("there is no image {name}{}", hint(.near))]
+    NoImage { name: String, near: Option<String> },
+    #[error("{what} {value} is already in use by {holder}")]
+    Taken { what: String, value: String, holder: String },
+    #[error("{}", lines(.problems))]
+    Invalid { problems: Vec<Problem> },
+    #[error("cannot {verb} {name}: it is {state}")]
+    State { verb: String, name: String, state: State },
+    #[error("{message}")]
+    Unsupported { message: String },
+    #[error("{name} was not {what} after {seconds} s")]
+    Timeout { name: String, what: String, seconds: u64 },
+    #[error("{message}")]
+    Failed { message: String },
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map(|n| format!("; did you mean {n}?")).unwrap_or_default()
+}
+
+fn lines(problems: &[Problem]) -> String {
+    let lines: Vec<String> = problems.iter().map(Problem::to_string).collect();
+    lines.join("\n")
+}
+
+impl Refusal {
+    pub fn failed(error: impl std::fmt::Display) -> Self {
+        Refusal::Failed { message: error.to_string() }
+    }
+
+    pub fn invalid(path: impl Into<String>, message: impl std::fmt::Display) -> Self {
+        Refusal::Invalid { problems: vec![Problem::new(path, message)] }
+    }
+}

@@ -1,0 +1,546 @@
+//! `Draft` to `Machine`: applies defaults, parses every name and number, and reports all faults
+//! at once. Pure: whether a file or an image exists is asked later, by those who can look.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::draft::{
+    BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
+    MemoryFields, NicDraft, PortDraft, PortFields, RestartDraft, RestartFields, Scalar, ShareDraft,
+    Size,
+};
+use crate::machine::{
+    Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
+    Machine, Media, Memory, Nic, NicModel, Port, Protocol, Readiness, Restart, RestartPolicy, Share,
+};
+use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
+use crate::problem::Problems;
+use crate::units::Bytes;
+
+const MAX_CPUS: u32 = 255;
+const MIN_MEMORY: Bytes = Bytes::mib(1);
+const MAX_MEMORY: Bytes = Bytes(4 << 40);
+const MIN_DISK: Bytes = Bytes::mib(1);
+const MAX_DISK: Bytes = Bytes(64 << 40);
+const MAX_DEVICES: usize = 24;
+const MAX_FILE: usize = 1 << 20;
+
+/// What the host brings to a draft: the identity of a machine that names none.
+#[derive(Clone, Copy, Debug)]
+pub struct Defaults {
+    pub id: MachineId,
+}
+
+/// Checks a draft and fills what it leaves open.
+pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
+    let Draft {
+        name,
+        uuid,
+        cpus,
+        memory,
+        image,
+        image_size,
+        boot,
+        disks,
+        nics,
+        ports,
+        shares,
+        files,
+        ssh_keys,
+        hostname,
+        resolvers,
+        metadata,
+        tags,
+        autostart,
+        ephemeral,
+        restart,
+        ready,
+        backend,
+        accel,
+        board,
+        limits,
+    } = draft;
+    let mut p = Problems::default();
+    let id = parse(&mut p, "uuid", uuid).unwrap_or(defaults.id);
+    let name: Name = parse(&mut p, "name", name).unwrap_or_else(|| {
+        format!("m-{}", id.short()).parse().expect("eight hex digits make a label")
+    });
+    let image: Option<ImageName> = parse(&mut p, "image", image);
+    let image_size = image_size.and_then(|s| disk_size(&mut p, "image_size", s));
+    if image.is_none() && image_size.is_some() {
+        p.add("image_size", "there is no image to size; name one in `image`");
+    }
+    let cpus = resolve_cpus(&mut p, cpus);
+    let memory = resolve_memory(&mut p, memory);
+    let mut checked = Vec::new();
+    if let Some(image) = &image {
+        checked.push(image_disk(image.clone(), image_size));
+    }
+    let boot = resolve_boot(&mut p, image, boot);
+    for (i, disk) in disks.unwrap_or_default().into_iter().enumerate() {
+        checked.extend(resolve_disk(&mut p, i, disk));
+    }
+    let nics = nics.unwrap_or_else(|| vec![NicDraft::default()]);
+    let nics: Vec<Nic> =
+        nics.into_iter().enumerate().filter_map(|(i, n)| resolve_nic(&mut p, id, i, n)).collect();
+    let ports = ports.unwrap_or_default();
+    let ports: Vec<Port> =
+        ports.into_iter().enumerate().filter_map(|(i, d)| resolve_port(&mut p, i, d)).collect();
+    let shares = shares.unwrap_or_default();
+    let shares: Vec<Share> =
+        shares.into_iter().enumerate().filter_map(|(i, s)| resolve_share(&mut p, i, s)).collect();
+    let files = files.unwrap_or_default();
+    let files: Vec<GuestFile> =
+        files.into_iter().enumerate().filter_map(|(i, f)| resolve_file(&mut p, i, f)).collect();
+    check_clashes(&mut p, &checked, &nics, &ports, &shares, &files);
+    if !ports.is_empty() && nics.is_empty() {
+        p.add("ports", "a machine without interfaces has no ports to lead to");
+    }
+    let ready = ready.and_then(|text| p.take("ready", parse_ready(&text)));
+    if nics.is_empty() && matches!(ready, Some(Readiness::Port(_) | Readiness::Dhcp)) {
+        p.add("ready", "a machine without interfaces is never seen on a network");
+    }
+    let machine = Machine {
+        hostname: resolve_hostname(&mut p, hostname, &name),
+        id,
+        name,
+        cpus,
+        memory,
+        boot,
+        disks: checked,
+        nics,
+        ports,
+        shares,
+        files,
+        ssh_keys: resolve_keys(&mut p, ssh_keys),
+        resolvers: resolve_resolvers(&mut p, resolvers),
+        metadata: resolve_map(&mut p, "metadata", metadata),
+        tags: resolve_map(&mut p, "tags", tags),
+        autostart: autostart.unwrap_or(false),
+        ephemeral: ephemeral.unwrap_or(false),
+        restart: resolve_restart(&mut p, restart),
+        ready,
+        backend: auto(&mut p, "backend", backend),
+        accel: auto(&mut p, "accel", accel),
+        board: auto(&mut p, "board", board),
+        limits: resolve_limits(&mut p, limits),
+    };
+    p.or(machine)
+}
+
+fn parse<T>(p: &mut Problems, path: &str, text: Option<String>) -> Option<T>
+where
+    T: FromStr<Err: Display>,
+{
+    text.and_then(|text| p.take(path, text.parse()))
+}
+
+/// A word where `auto` and absence mean that Lodge chooses.
+fn auto<T>(p: &mut Problems, path: &str, text: Option<String>) -> Option<T>
+where
+    T: FromStr<Err: Display>,
+{
+    parse(p, path, text.filter(|t| t != "auto"))
+}
+
+fn bytes(p: &mut Problems, path: &str, size: Size) -> Option<Bytes> {
+    match size {
+        Size::Bytes(n) => Some(Bytes(n)),
+        Size::Text(text) => p.take(path, text.parse()),
+    }
+}
+
+fn in_range<T: PartialOrd + Display>(p: &mut Problems, path: &str, value: T, low: T, high: T) -> T {
+    if value < low || value > high {
+        p.add(path, format!("{value} is out of range; {low} to {high} is possible"));
+    }
+    value
+}
+
+fn disk_size(p: &mut Problems, path: &str, size: Size) -> Option<Bytes> {
+    let size = bytes(p, path, size)?;
+    in_range(p, path, size, MIN_DISK, MAX_DISK);
+    if !size.0.is_multiple_of(512) {
+        p.add(path, format!("{size} is not a whole number of 512-byte sectors"));
+    }
+    Some(size)
+}
+
+fn resolve_cpus(p: &mut Problems, draft: Option<CpusDraft>) -> Cpus {
+    let CpusFields { count, max, threads, cores } = match draft {
+        None => CpusFields::default(),
+        Some(CpusDraft::Count(n)) => CpusFields { count: Some(n), ..CpusFields::default() },
+        Some(CpusDraft::Detailed(fields)) => fields,
+    };
+    let count = in_range(p, "cpus.count", count.unwrap_or(1), 1, MAX_CPUS);
+    let max = in_range(p, "cpus.max", max.unwrap_or(count), 1, MAX_CPUS);
+    if max < count {
+        p.add("cpus.max", format!("{max} is less than the {count} CPUs at boot"));
+    }
+    let threads = in_range(p, "cpus.threads", threads.unwrap_or(1), 1, 8);
+    let cores = cores.map(|n| in_range(p, "cpus.cores", n, 1, MAX_CPUS));
+    let per_socket = cores.unwrap_or(1).saturating_mul(threads);
+    if per_socket > 0 && !max.is_multiple_of(per_socket) {
+        let shape = format!("{} cores × {threads} threads", cores.unwrap_or(1));
+        p.add("cpus.max", format!("{max} CPUs cannot be divided into sockets of {shape}"));
+    }
+    Cpus { count, max, threads, cores }
+}
+
+fn resolve_memory(p: &mut Problems, draft: Option<MemoryDraft>) -> Memory {
+    let simple = |size| MemoryFields { size: Some(size), ..MemoryFields::default() };
+    let MemoryFields { size, max } = match draft {
+        None => MemoryFields::default(),
+        Some(MemoryDraft::Bytes(n)) => simple(Size::Bytes(n)),
+        Some(MemoryDraft::Text(text)) => simple(Size::Text(text)),
+        Some(MemoryDraft::Detailed(fields)) => fields,
+    };
+    let size = size.and_then(|s| bytes(p, "memory.size", s)).unwrap_or(Bytes::mib(512));
+    let max = max.and_then(|s| bytes(p, "memory.max", s)).unwrap_or(size);
+    for (path, value) in [("memory.size", size), ("memory.max", max)] {
+        in_range(p, path, value, MIN_MEMORY, MAX_MEMORY);
+        if !value.0.is_multiple_of(Bytes::MIB) {
+            p.add(path, format!("{value} is not a whole number of MiB"));
+        }
+    }
+    if max < size {
+        p.add("memory.max", format!("{max} is less than the {size} at boot"));
+    }
+    if !(max.0 - max.0.min(size.0)).is_multiple_of(128 * Bytes::MIB) {
+        p.add("memory.max", "memory is plugged in by 128 MiB; make the room a multiple of that");
+    }
+    Memory { size, max }
+}
+
+fn resolve_boot(p: &mut Problems, image: Option<ImageName>, draft: Option<BootDraft>) -> Boot {
+    let BootDraft { kernel, initrd, cmdline, firmware, order, once } = draft.unwrap_or_default();
+    let asks_firmware = firmware.is_some() || order.is_some() || once.is_some();
+    if kernel.is_some() && asks_firmware {
+        p.add("boot", "`kernel` boots without firmware; `firmware`, `order` and `once` exclude it");
+    }
+    if kernel.is_none() && initrd.is_some() {
+        p.add("boot.initrd", "an initrd needs `boot.kernel`");
+    }
+    if kernel.is_none() && image.is_none() && cmdline.is_some() {
+        p.add("boot.cmdline", "a kernel command line needs `boot.kernel` or `image`");
+    }
+    let cmdline = cmdline.unwrap_or_default();
+    if cmdline.len() > 2000 || cmdline.chars().any(char::is_control) {
+        p.add("boot.cmdline", "a command line has at most 2000 bytes and no control characters");
+    }
+    if let Some(kernel) = kernel {
+        let kernel = host_path(p, "boot.kernel", kernel);
+        let initrd = initrd.map(|path| host_path(p, "boot.initrd", path));
+        return Boot::Kernel { kernel, initrd, cmdline };
+    }
+    if let Some(image) = image.filter(|_| !asks_firmware) {
+        return Boot::Image { image, cmdline };
+    }
+    let mut devices: Vec<BootDevice> = Vec::new();
+    for (i, word) in order.unwrap_or_else(|| vec!["disk".into(), "cdrom".into()]).iter().enumerate()
+    {
+        match p.take(&format!("boot.order[{i}]"), word.parse()) {
+            Some(device) if devices.contains(&device) => {
+                p.add(format!("boot.order[{i}]"), format!("{device} is already in the order"));
+            }
+            Some(device) => devices.push(device),
+            None => {}
+        }
+    }
+    Boot::Firmware {
+        firmware: parse(p, "boot.firmware", firmware).unwrap_or(Firmware::Bios),
+        order: devices,
+        once: parse(p, "boot.once", once),
+    }
+}
+
+/// The disk that booting an image implies.
+fn image_disk(image: ImageName, size: Option<Bytes>) -> Disk {
+    Disk {
+        name: "root".parse().expect("a device name"),
+        source: DiskSource::Image { image, size },
+        bus: DiskBus::Virtio,
+        media: Media::Disk,
+        read_only: false,
+        serial: "root".into(),
+    }
+}
+
+fn host_path(p: &mut Problems, path: &str, text: String) -> PathBuf {
+    if !text.starts_with('/') {
+        p.add(path, format!("{text:?} is not an absolute host path"));
+    }
+    if text.contains([',', '\0', '\n']) {
+        p.add(path, "a host path with a comma or a control character is not supported");
+    }
+    PathBuf::from(text)
+}
+
+fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
+    let at = |field: &str| format!("disks[{i}].{field}");
+    let DiskDraft { name, source, image, size, bus, media, read_only, serial } = draft;
+    let media = parse(p, &at("media"), media).unwrap_or(Media::Disk);
+    let default_bus = match media {
+        Media::Disk => DiskBus::Virtio,
+        Media::Cdrom => DiskBus::Ide,
+    };
+    let bus = parse(p, &at("bus"), bus).unwrap_or(default_bus);
+    if media == Media::Cdrom && bus == DiskBus::Virtio {
+        p.add(at("bus"), "a CD-ROM is on `ide` or `scsi`");
+    }
+    let size = size.and_then(|s| disk_size(p, &at("size"), s));
+    let source = match (source, image, size) {
+        (Some(_), Some(_), _) => {
+            p.add(at("image"), "a disk comes from `source` or from `image`, not from both");
+            return None;
+        }
+        (Some(_), None, Some(_)) => {
+            p.add(at("size"), "a disk with a `source` has the size of its source");
+            return None;
+        }
+        (Some(path), None, None) => DiskSource::Path(host_path(p, &at("source"), path)),
+        (None, Some(image), size) => {
+            DiskSource::Image { image: p.take(&at("image"), image.parse())?, size }
+        }
+        (None, None, Some(size)) if media == Media::Disk => DiskSource::Blank { size },
+        (None, None, Some(_) | None) => {
+            p.add(format!("disks[{i}]"), "a disk needs a `source`, an `image` or a `size`");
+            return None;
+        }
+    };
+    let name: DeviceName =
+        parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("disk{i}"))))?;
+    let serial = serial.unwrap_or_else(|| name.as_str().chars().take(20).collect());
+    if serial.len() > 20 || !serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    {
+        p.add(at("serial"), "a serial has at most 20 letters, digits, hyphens, dots or underscores");
+    }
+    let read_only = read_only.unwrap_or(false) || media == Media::Cdrom;
+    Some(Disk { name, source, bus, media, read_only, serial })
+}
+
+fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Option<Nic> {
+    let at = |field: &str| format!("nics[{i}].{field}");
+    let NicDraft { name, network, model, mac, address } = draft;
+    let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
+    Some(Nic {
+        name: parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))))?,
+        network: parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())))?,
+        model: parse(p, &at("model"), model).unwrap_or(NicModel::Virtio),
+        mac: parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i)),
+        address,
+    })
+}
+
+/// `[IP:]HOST:GUEST[/udp]`; an IPv6 address stands in brackets.
+fn parse_port(text: &str) -> Option<PortFields> {
+    let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    let (rest, guest) = rest.rsplit_once(':')?;
+    let (ip, host) = match rest.rsplit_once(':') {
+        Some((ip, host)) => (Some(ip.trim_start_matches('[').trim_end_matches(']')), host),
+        None => (None, rest),
+    };
+    Some(PortFields {
+        ip: ip.map(str::to_owned),
+        host: Some(host.parse().ok()?),
+        guest: Some(guest.parse().ok()?),
+        protocol: Some(protocol.to_owned()),
+    })
+}
+
+fn resolve_port(p: &mut Problems, i: usize, draft: PortDraft) -> Option<Port> {
+    let here = format!("ports[{i}]");
+    let PortFields { ip, host, guest, protocol } = match draft {
+        PortDraft::Detailed(fields) => fields,
+        PortDraft::Text(text) => match parse_port(&text) {
+            Some(fields) => fields,
+            None => {
+                p.add(here, format!("{text:?} is not [IP:]HOST:GUEST[/udp]"));
+                return None;
+            }
+        },
+    };
+    let mut number = |field: &str, value: Option<u32>| match value {
+        Some(n @ 1..=65535) => Some(n as u16),
+        Some(n) => {
+            p.add(format!("{here}.{field}"), format!("{n} is not a port; 1 to 65535 is possible"));
+            None
+        }
+        None => {
+            p.add(&here, format!("`{field}` is missing"));
+            None
+        }
+    };
+    let (host, guest) = (number("host", host), number("guest", guest));
+    let ip = parse(p, &format!("{here}.ip"), Some(ip.unwrap_or_else(|| "127.0.0.1".into())))?;
+    let protocol = parse(p, &format!("{here}.protocol"), protocol).unwrap_or(Protocol::Tcp);
+    Some(Port { ip, host: host?, guest: guest?, protocol })
+}
+
+fn resolve_share(p: &mut Problems, i: usize, draft: ShareDraft) -> Option<Share> {
+    let ShareDraft { source, tag, read_only } = draft;
+    let (Some(source), Some(tag)) = (source, tag) else {
+        p.add(format!("shares[{i}]"), "a share needs a `source` and a `tag`");
+        return None;
+    };
+    Some(Share {
+        source: host_path(p, &format!("shares[{i}].source"), source),
+        tag: p.take(&format!("shares[{i}].tag"), tag.parse())?,
+        read_only: read_only.unwrap_or(true),
+    })
+}
+
+fn resolve_file(p: &mut Problems, i: usize, draft: FileDraft) -> Option<GuestFile> {
+    let at = |field: &str| format!("files[{i}].{field}");
+    let FileDraft { path, source, content, mode } = draft;
+    let mode = match mode {
+        None => 0o600,
+        Some(text) => match u32::from_str_radix(&text, 8) {
+            Ok(mode @ 0..=0o7777) => mode,
+            Ok(_) | Err(_) => {
+                p.add(at("mode"), format!("{text:?} is not octal permission bits such as 0644"));
+                0o600
+            }
+        },
+    };
+    let Some(path) = path else {
+        p.add(format!("files[{i}]"), "a file needs a `path`");
+        return None;
+    };
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    let sound = path.starts_with('/')
+        && !path.contains('\0')
+        && path.len() <= 1024
+        && parts.iter().all(|part| !matches!(*part, "" | "." | ".."));
+    if !sound {
+        p.add(at("path"), format!("{path:?} is not an absolute path of a file in the guest"));
+    }
+    let content = match (source, content) {
+        (Some(source), None) => FileContent::Source(host_path(p, &at("source"), source)),
+        (None, Some(text)) => {
+            if text.len() > MAX_FILE {
+                p.add(at("content"), "a file given as text has at most 1 MiB; use `source`");
+            }
+            FileContent::Text(text)
+        }
+        (Some(_), Some(_)) | (None, None) => {
+            p.add(format!("files[{i}]"), "a file needs either `source` or `content`");
+            return None;
+        }
+    };
+    Some(GuestFile { path, content, mode })
+}
+
+fn check_clashes(
+    p: &mut Problems,
+    disks: &[Disk],
+    nics: &[Nic],
+    ports: &[Port],
+    shares: &[Share],
+    files: &[GuestFile],
+) {
+    unique(p, "disks", disks.iter().map(|d| d.name.as_str().to_owned()));
+    unique(p, "nics", nics.iter().map(|n| n.name.as_str().to_owned()));
+    unique(p, "nics", nics.iter().map(|n| n.mac.to_string()));
+    unique(p, "shares", shares.iter().map(|s| s.tag.as_str().to_owned()));
+    unique(p, "files", files.iter().map(|f| f.path.clone()));
+    unique(p, "ports", ports.iter().map(|f| format!("{}/{}", f.host, f.protocol)));
+    let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
+        DiskSource::Path(path) => Some(path.display().to_string()),
+        DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
+    });
+    unique(p, "disks", writable);
+    for (what, count) in [("disks", disks.len()), ("nics", nics.len()), ("shares", shares.len())] {
+        if count > MAX_DEVICES {
+            p.add(what, format!("{count} are too many; {MAX_DEVICES} are possible"));
+        }
+    }
+    if disks.iter().filter(|d| d.bus == DiskBus::Ide).count() > 4 {
+        p.add("disks", "the ide bus takes four devices; put the others on virtio or scsi");
+    }
+}
+
+fn unique(p: &mut Problems, path: &str, values: impl Iterator<Item = String>) {
+    let mut seen = BTreeSet::new();
+    for value in values {
+        if seen.contains(&value) {
+            p.add(path, format!("{value} appears twice"));
+        }
+        seen.insert(value);
+    }
+}
+
+fn parse_ready(text: &str) -> Result<Readiness, String> {
+    let error = || format!("{text:?} is not console:REGEX, port:N or dhcp");
+    match text.split_once(':') {
+        Some(("console", regex)) if !regex.is_empty() => Ok(Readiness::Console(regex.to_owned())),
+        Some(("port", port)) => match port.parse() {
+            Ok(port) if port > 0 => Ok(Readiness::Port(port)),
+            Ok(_) | Err(_) => Err(error()),
+        },
+        Some(_) => Err(error()),
+        None if text == "dhcp" => Ok(Readiness::Dhcp),
+        None => Err(error()),
+    }
+}
+
+fn resolve_hostname(p: &mut Problems, hostname: Option<String>, name: &Name) -> String {
+    let hostname = hostname.unwrap_or_else(|| name.to_string());
+    let sound = hostname.len() <= 253 && hostname.split('.').all(|l| l.parse::<Name>().is_ok());
+    if !sound {
+        p.add("hostname", format!("{hostname:?} is not a host name"));
+    }
+    hostname
+}
+
+fn resolve_keys(p: &mut Problems, keys: Option<Vec<String>>) -> Vec<String> {
+    let keys = keys.unwrap_or_default();
+    for (i, key) in keys.iter().enumerate() {
+        if key.contains("PRIVATE KEY") {
+            p.add(format!("ssh_keys[{i}]"), "this is a private key; give the public one");
+        } else if key.split_whitespace().count() < 2 || key.trim().contains('\n') {
+            p.add(format!("ssh_keys[{i}]"), "this is not one line of a public SSH key");
+        }
+    }
+    keys
+}
+
+fn resolve_resolvers(p: &mut Problems, list: Option<Vec<String>>) -> Vec<IpAddr> {
+    let list = list.unwrap_or_default().into_iter().enumerate();
+    list.filter_map(|(i, text)| parse(p, &format!("resolvers[{i}]"), Some(text))).collect()
+}
+
+fn resolve_map(
+    p: &mut Problems,
+    path: &str,
+    map: Option<BTreeMap<String, Scalar>>,
+) -> BTreeMap<String, Scalar> {
+    let map = map.unwrap_or_default();
+    if map.keys().any(|key| key.is_empty() || key.len() > 255) {
+        p.add(path, "a key has 1 to 255 bytes");
+    }
+    map
+}
+
+fn resolve_restart(p: &mut Problems, draft: Option<RestartDraft>) -> Restart {
+    let RestartFields { policy, max } = match draft {
+        None => RestartFields::default(),
+        Some(RestartDraft::Policy(policy)) => RestartFields { policy: Some(policy), max: None },
+        Some(RestartDraft::Detailed(fields)) => fields,
+    };
+    let policy = parse(p, "restart.policy", policy).unwrap_or(RestartPolicy::Never);
+    Restart { policy, max: in_range(p, "restart.max", max.unwrap_or(5), 1, 1000) }
+}
+
+fn resolve_limits(p: &mut Problems, draft: Option<LimitsDraft>) -> Limits {
+    let LimitsDraft { cpu_percent, cpu_weight, memory, threads } = draft.unwrap_or_default();
+    Limits {
+        cpu_percent: cpu_percent.map(|n| in_range(p, "limits.cpu_percent", n, 1, 100 * MAX_CPUS)),
+        cpu_weight: in_range(p, "limits.cpu_weight", cpu_weight.unwrap_or(100), 1, 10_000),
+        memory: memory.and_then(|s| bytes(p, "limits.memory", s)),
+        threads: in_range(p, "limits.threads", threads.unwrap_or(512), 16, 65_536),
+    }
+}

@@ -1,0 +1,92 @@
+//! The states of a machine's life and what is published about one. Knows no transition; those are
+//! in the machine crate.
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{Accel, BackendKind};
+use crate::names::{MachineId, Name};
+
+/// Where a machine is in its life. `failed` and `broken` always come with a reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Defined, never started.
+    Created,
+    /// Its hypervisor is being prepared.
+    Starting,
+    /// The hypervisor runs guest code.
+    Running,
+    /// The hypervisor is there, the guest stands still.
+    Paused,
+    /// Asked to end.
+    Stopping,
+    /// Ended as asked, or by itself with success.
+    Stopped,
+    /// Ended otherwise.
+    Failed,
+    /// Its record could not be read; it can only be inspected and removed.
+    Broken,
+}
+
+impl State {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            State::Created => "created",
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Stopping => "stopping",
+            State::Stopped => "stopped",
+            State::Failed => "failed",
+            State::Broken => "broken",
+        }
+    }
+
+    /// A hypervisor process belongs to the machine.
+    pub const fn is_live(self) -> bool {
+        match self {
+            State::Starting | State::Running | State::Paused | State::Stopping => true,
+            State::Created | State::Stopped | State::Failed | State::Broken => false,
+        }
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// One line of `lodge ls`; the stable JSON shape of `lodge ls -o json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    pub id: MachineId,
+    pub name: Name,
+    pub state: State,
+    /// Why the state is what it is, where that is not plain.
+    pub reason: Option<String>,
+    /// What runs it, or ran it last.
+    pub backend: Option<BackendKind>,
+    pub accel: Option<Accel>,
+    pub cpus: u32,
+    pub memory_bytes: u64,
+    /// The guest met its readiness condition since the last start.
+    pub ready: bool,
+    pub address: Option<String>,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+}
+
+/// One thing that happened; the stable JSON shape of `lodge events -o json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Rises by one with each event of the host.
+    pub seq: i64,
+    /// Microseconds since 1970-01-01 UTC.
+    pub at_us: i64,
+    pub id: MachineId,
+    pub name: String,
+    /// A word: `start`, `running`, `exited`, …
+    pub kind: String,
+    pub detail: String,
+}
