@@ -1,1 +1,14 @@
-//! x
+//! The door to less: what a confined process keeps, how it is made, and what is in force. Knows no
+//! machine and no hypervisor; never widens what its plan says. The program `lodge-jail` is single
+//! threaded, because only a single thread can enter a user namespace.
+
+pub mod cgroup;
+pub mod in_force;
+pub mod plan;
+
+mod enter;
+mod mounts;
+mod syscalls;
+
+pub use enter::run;
+pub use plan::{Bind, JailPlan};

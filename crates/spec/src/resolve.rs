@@ -325,14 +325,12 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
 fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Option<Nic> {
     let at = |field: &str| format!("nics[{i}].{field}");
     let NicDraft { name, network, model, mac, address } = draft;
+    let name = parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))));
+    let network = parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())));
+    let model = parse(p, &at("model"), model).unwrap_or(NicModel::Virtio);
+    let mac = parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i));
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
-    Some(Nic {
-        name: parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))))?,
-        network: parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())))?,
-        model: parse(p, &at("model"), model).unwrap_or(NicModel::Virtio),
-        mac: parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i)),
-        address,
-    })
+    Some(Nic { name: name?, network: network?, model, mac, address })
 }
 
 /// `[IP:]HOST:GUEST[/udp]`; an IPv6 address stands in brackets.

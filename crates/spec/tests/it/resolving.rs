@@ -19,7 +19,7 @@ fn check(text: &str, problems: expect_test::Expect) {
 #[test]
 fn every_fault_is_reported_at_once() {
     check(
-        "name: -x\nuuid: 12\ncpus: {count: 4, max: 2}\nmemory: 3\nimage: ../x\n\
+        "name: -x\nuuid: '12'\ncpus: {count: 4, max: 2}\nmemory: 3\nimage: ../x\n\
          boot: {initrd: i, firmware: cmos, order: [disk, tape]}\n\
          disks: [{size: 5}, {source: rel, image: x}, {}, {name: disk0, size: 1G}]\n\
          nics: [{mac: '01:00:00:00:00:01', model: ne2000, network: much-too-long}]\n\
@@ -27,7 +27,41 @@ fn every_fault_is_reported_at_once() {
          restart: perhaps\nhostname: a..b\nresolvers: [x]\n\
          files: [{path: a, content: x}, {path: /a/../b, content: x}, {path: /c}]\n\
          limits: {cpu_weight: 0}\nssh_keys: [x]\n",
-        expect!["uuid: 12 is not a text"],
+        expect![[r#"
+            uuid: "12" is not a UUID (8-4-4-4-12 hex digits)
+            name: "-x" is not a machine name (1 to 63 letters, digits and inner hyphens)
+            image: "../x" is not an image name (letters, digits and . _ - + :, a letter or digit first)
+            cpus.max: 2 is less than the 4 CPUs at boot
+            memory.size: 3 is out of range; 1MiB to 4TiB is possible
+            memory.size: 3 is not a whole number of MiB
+            memory.max: 3 is out of range; 1MiB to 4TiB is possible
+            memory.max: 3 is not a whole number of MiB
+            boot.initrd: an initrd needs `boot.kernel`
+            boot.order[1]: "tape" is not known here; known are disk, cdrom, network
+            boot.firmware: "cmos" is not known here; known are bios, uefi
+            disks[0].size: 5 is out of range; 1MiB to 64TiB is possible
+            disks[0].size: 5 is not a whole number of 512-byte sectors
+            disks[1].image: a disk comes from `source` or from `image`, not from both
+            disks[2]: a disk needs a `source`, an `image` or a `size`
+            nics[0].network: "much-too-long" is not a network name (1 to 11 letters, digits and inner hyphens)
+            nics[0].model: "ne2000" is not known here; known are virtio, e1000, rtl8139
+            nics[0].mac: "01:00:00:00:00:01" is not a unicast Ethernet address (six hex octets with colons)
+            ports[0]: "1" is not [IP:]HOST:GUEST[/udp]
+            ports[1].host: 0 is not a port; 1 to 65535 is possible
+            ports[2].host: 70000 is not a port; 1 to 65535 is possible
+            ports[3].protocol: "sctp" is not known here; known are tcp, udp
+            files[0].path: "a" is not an absolute path of a file in the guest
+            files[1].path: "/a/../b" is not an absolute path of a file in the guest
+            files[2]: a file needs either `source` or `content`
+            disks: disk0 appears twice
+            ports: a machine without interfaces has no ports to lead to
+            ready: "sometime" is not console:REGEX, port:N or dhcp
+            hostname: "a..b" is not a host name
+            ssh_keys[0]: this is not one line of a public SSH key
+            resolvers[0]: invalid IP address syntax
+            restart.policy: "perhaps" is not known here; known are never, on-failure, always
+            backend: "bochs" is not known here; known are qemu
+            limits.cpu_weight: 0 is out of range; 1 to 10000 is possible"#]],
     );
 }
 

@@ -1,0 +1,136 @@
+//! The new root: an empty read-only file system with the plan's paths in it, one mount each. Uses
+//! the descriptor-based mount calls, so no path is looked up twice.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
+};
+
+use crate::enter::{Error, at};
+use crate::plan::{Bind, JailPlan};
+
+const RDONLY: u64 = 1;
+const NOSUID: u64 = 2;
+const NODEV: u64 = 4;
+const NOEXEC: u64 = 8;
+
+/// `struct mount_attr` of `mount_setattr(2)`.
+#[repr(C)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Makes the new root and enters it; afterwards no host path can be named.
+pub(crate) fn enter_root(plan: &JailPlan) -> Result<(), Error> {
+    let root = Path::new("/");
+    rustix::mount::mount_change(
+        root,
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .map_err(at("make mounts private", root))?;
+    let trees = plan.binds.iter().map(clone_tree).collect::<Result<Vec<_>, _>>()?;
+    let stage = plan.stage.as_path();
+    mount_empty(stage)?;
+    for (bind, tree) in plan.binds.iter().zip(&trees) {
+        place(stage, bind, tree)?;
+    }
+    let mounted = open_path(stage)?;
+    set_attributes(mounted.as_fd(), RDONLY | NOSUID | NODEV).map_err(at("seal", stage))?;
+    rustix::process::chdir(stage).map_err(at("enter", stage))?;
+    rustix::process::pivot_root(".", ".").map_err(at("pivot into", stage))?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(at("leave", root))?;
+    rustix::process::chdir("/").map_err(at("enter", root))
+}
+
+fn clone_tree(bind: &Bind) -> Result<OwnedFd, Error> {
+    let tree = rustix::mount::open_tree(
+        rustix::fs::CWD,
+        &bind.source,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )
+    .map_err(at("open", &bind.source))?;
+    let mut attributes = NOSUID;
+    attributes |= if bind.writable { 0 } else { RDONLY };
+    attributes |= if bind.device { 0 } else { NODEV };
+    attributes |= if bind.executable { 0 } else { NOEXEC };
+    set_attributes(tree.as_fd(), attributes).map_err(at("restrict", &bind.source))?;
+    Ok(tree)
+}
+
+fn mount_empty(stage: &Path) -> Result<(), Error> {
+    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)
+        .map_err(at("make a root for", stage))?;
+    for (key, value) in [("mode", "0755"), ("size", "1m"), ("nr_inodes", "4096")] {
+        rustix::mount::fsconfig_set_string(context.as_fd(), key, value)
+            .map_err(at("configure the root on", stage))?;
+    }
+    rustix::mount::fsconfig_create(context.as_fd()).map_err(at("make a root for", stage))?;
+    let mount = rustix::mount::fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
+    )
+    .map_err(at("make a root for", stage))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(mount.as_fd(), "", rustix::fs::CWD, stage, flags)
+        .map_err(at("mount the root on", stage))
+}
+
+fn place(stage: &Path, bind: &Bind, tree: &OwnedFd) -> Result<(), Error> {
+    let inside = bind.target.strip_prefix("/").unwrap_or(&bind.target);
+    let target = stage.join(inside);
+    let is_dir = rustix::fs::fstat(tree)
+        .map(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
+        .map_err(at("look at", &bind.source))?;
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent).map_err(|e| Error::io("make", parent, e))?;
+    }
+    if is_dir {
+        fs::create_dir_all(&target).map_err(|e| Error::io("make", &target, e))?;
+    } else {
+        fs::File::create(&target).map_err(|e| Error::io("make", &target, e))?;
+    }
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(tree.as_fd(), "", rustix::fs::CWD, &target, flags)
+        .map_err(at("bind", &bind.source))
+}
+
+fn open_path(path: &Path) -> Result<OwnedFd, Error> {
+    use rustix::fs::{Mode, OFlags};
+    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(at("open", path))
+}
+
+fn set_attributes(fd: impl AsFd, set: u64) -> io::Result<()> {
+    let attr = MountAttr { set, clear: 0, propagation: 0, userns_fd: 0 };
+    let empty = CString::default();
+    // SAFETY: the path is a terminated empty string, `attr` lives through the call and its size is
+    // passed with it; the kernel only reads both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd.as_fd().as_raw_fd(),
+            empty.as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A path as a C string; plans are JSON, so a NUL is possible.
+pub(crate) fn c_path(path: &Path) -> Result<CString, Error> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| Error::io("use", path, io::ErrorKind::InvalidInput.into()))
+}
