@@ -1,1 +1,8 @@
-//! x
+//! Bytes to values and back: kernels, disk images, file systems and archives. Pure over readers
+//! and writers; this crate opens no file by name and trusts no length that it reads.
+
+pub mod cpio;
+pub mod ext4;
+pub mod kernel;
+pub mod qcow2;
+pub mod sniff;
