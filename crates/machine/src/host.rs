@@ -1,0 +1,102 @@
+//! What a machine needs of the world. The host crate implements it for Linux, `fake` for tests;
+//! both are held to the same promises.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use lodge_spec::machine::{Accel, BackendKind, Machine};
+use lodge_spec::names::MachineId;
+use lodge_spec::problem::Problems;
+use lodge_spec::request::Change;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::life::Seen;
+
+/// What is known about a hypervisor that was launched; kept in the store for re-adoption.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    pub backend: BackendKind,
+    pub accel: Accel,
+    /// The guest's first address, where the network has given it one.
+    pub address: Option<String>,
+    /// Why this backend, board and accelerator.
+    pub notes: Vec<String>,
+}
+
+/// Something for the event log that changes no state: a mark on the timeline or a remark.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    pub kind: String,
+    pub detail: String,
+    /// Microseconds since 1970, where the moment was earlier than the report.
+    pub at_us: Option<i64>,
+}
+
+/// What the host reports about one machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    Seen(Seen),
+    Mark(Mark),
+}
+
+/// Where reports about one machine go. Never blocks; reports after the machine is gone are lost.
+pub type Sink = UnboundedSender<Report>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    Powerdown,
+    Quit,
+    Pause,
+    Resume,
+    Reset,
+}
+
+/// A hypervisor found after a restart of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub paused: bool,
+    pub ready: bool,
+}
+
+/// How machines meet the world. Every effect is named after the machine's id, so that any of these
+/// may be called again after a crash.
+pub trait Host: Send + Sync + 'static {
+    /// Whether the host has what the machine names (files, images, networks). Changes nothing.
+    fn check(&self, machine: &Machine) -> impl Future<Output = Result<(), Problems>> + Send;
+
+    /// Prepares and starts the hypervisor. On an error nothing is left behind but what `release`
+    /// removes. Afterwards its fate is reported to `sink`, ending with `Seen::Exited`.
+    fn launch(
+        &self,
+        machine: Arc<Machine>,
+        sink: Sink,
+    ) -> impl Future<Output = Result<Running, String>> + Send;
+
+    /// Finds the hypervisor that an earlier daemon launched and reports to `sink` from now on.
+    /// The error says what became of it.
+    fn adopt(
+        &self,
+        machine: Arc<Machine>,
+        sink: Sink,
+    ) -> impl Future<Output = Result<Found, String>> + Send;
+
+    fn command(
+        &self,
+        id: MachineId,
+        command: Command,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Applies a change to a running machine; `machine` is the description after it.
+    fn change(
+        &self,
+        machine: Arc<Machine>,
+        change: Change,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Gives back what a launch took. Safe to repeat; never fails in a way that could be mended.
+    fn release(&self, machine: Arc<Machine>) -> impl Future<Output = ()> + Send;
+
+    /// Deletes what the machine owns: disks, logs. Safe to repeat.
+    fn forget(&self, id: MachineId) -> impl Future<Output = ()> + Send;
+}

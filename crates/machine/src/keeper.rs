@@ -1,0 +1,457 @@
+//! All machines of a host: finds them, creates them, hands requests to their tasks. Holds the
+//! rules that concern more than one machine (names, ports); all others are in `life`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use lodge_spec::draft::Draft;
+use lodge_spec::machine::Machine;
+use lodge_spec::names::MachineId;
+use lodge_spec::problem::nearest;
+use lodge_spec::request::{Change, Condition, Refusal};
+use lodge_spec::resolve::{Defaults, resolve};
+use lodge_spec::state::{Event, State, Summary};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::host::Host;
+use crate::life::{Life, Verb};
+use crate::record::Record;
+use crate::store::{self, Row, Store, StoreError, now_us};
+use crate::task::{Message, Published, STOP_TIMEOUT, Task};
+use crate::wait;
+
+#[derive(Clone)]
+struct Handle {
+    inbox: mpsc::UnboundedSender<Message>,
+    published: watch::Receiver<Published>,
+}
+
+impl Handle {
+    fn record(&self) -> Arc<Record> {
+        self.published.borrow().record.clone()
+    }
+}
+
+/// A row that could not be read. Nothing runs for it.
+#[derive(Clone, Debug)]
+pub struct Broken {
+    pub row: Row,
+    pub reason: String,
+}
+
+/// What a target turned out to be.
+pub enum Found {
+    Machine(Arc<Record>),
+    Broken(Broken),
+}
+
+pub struct Keeper<H> {
+    host: Arc<H>,
+    store: Store,
+    machines: RwLock<HashMap<MachineId, Handle>>,
+    broken: RwLock<BTreeMap<String, Broken>>,
+    /// One creation at a time, so that a name is checked and taken in one step.
+    creating: tokio::sync::Mutex<()>,
+    events: broadcast::Sender<Event>,
+}
+
+impl<H: Host> Keeper<H> {
+    /// Reads the store and takes up every machine where it was left. `fresh_boot`: the host has
+    /// booted since, so machines with `autostart` are started.
+    pub async fn open(
+        store: Store,
+        host: Arc<H>,
+        fresh_boot: bool,
+    ) -> Result<Arc<Self>, StoreError> {
+        let keeper = Arc::new(Self {
+            host,
+            store: store.clone(),
+            machines: RwLock::default(),
+            broken: RwLock::default(),
+            creating: tokio::sync::Mutex::default(),
+            events: broadcast::channel(1024).0,
+        });
+        for row in store.machines().await? {
+            let id: Result<MachineId, _> = row.id.parse();
+            let record = id.map_err(|e| e.to_string());
+            match record.and_then(|id| Record::from_text(id, &row.record)) {
+                Ok(record) => {
+                    let start = fresh_boot && record.machine.autostart;
+                    let handle = keeper.clone().spawn(record);
+                    if start {
+                        let (answer, _) = oneshot::channel();
+                        let stop_timeout = STOP_TIMEOUT;
+                        let _ = handle.inbox.send(Message::Ask {
+                            verb: Verb::Start,
+                            stop_timeout,
+                            answer,
+                        });
+                    }
+                }
+                Err(reason) => {
+                    let broken = Broken { row, reason };
+                    keeper.broken.write().expect("not poisoned").insert(broken.row.id.clone(), broken);
+                }
+            }
+        }
+        Ok(keeper)
+    }
+
+    pub fn host(&self) -> &Arc<H> {
+        &self.host
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Events from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    fn spawn(self: Arc<Self>, record: Record) -> Handle {
+        let id = record.machine.id;
+        let published = Published { record: Arc::new(record.clone()), forgotten: false };
+        let (publish, watch) = watch::channel(published);
+        let (own, inbox) = mpsc::unbounded_channel();
+        let (sink, reports) = mpsc::unbounded_channel();
+        let handle = Handle { inbox: own.clone(), published: watch };
+        self.machines.write().expect("not poisoned").insert(id, handle.clone());
+        let task = Task {
+            host: self.host.clone(),
+            store: self.store.clone(),
+            record,
+            publish,
+            events: self.events.clone(),
+            inbox,
+            own,
+            reports,
+            sink,
+            stop_timeout: STOP_TIMEOUT,
+            timers: 0,
+        };
+        tokio::spawn(async move {
+            task.run().await;
+            self.machines.write().expect("not poisoned").remove(&id);
+        });
+        handle
+    }
+
+    /// Checks, writes and takes up a new machine.
+    pub async fn create(self: &Arc<Self>, draft: Draft) -> Result<Summary, Refusal> {
+        let machine = self.resolve_new(draft).await?;
+        let _one = self.creating.lock().await;
+        self.check_free(&machine)?;
+        let record = Record { created_us: now_us(), machine, life: Life::new(), running: None };
+        let row = Row {
+            id: record.machine.id.to_string(),
+            name: record.machine.name.to_string(),
+            record: record.to_text(),
+        };
+        let event = Event {
+            seq: 0,
+            at_us: record.created_us,
+            id: record.machine.id,
+            name: row.name.clone(),
+            kind: "created".into(),
+            detail: String::new(),
+        };
+        let written = self.store.write(move |c| {
+            store::put_machine(c, &row)?;
+            store::put_event(c, event)
+        });
+        let event = written.await.map_err(Refusal::failed)?;
+        let _ = self.events.send(event);
+        Ok(summary(&self.clone().spawn(record).record()))
+    }
+
+    /// The machine that a draft would become, checked against the host, nothing written.
+    pub async fn resolve_new(&self, draft: Draft) -> Result<Machine, Refusal> {
+        let id = MachineId(uuid_v4());
+        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
+        let machine = resolve(draft, Defaults { id }).map_err(invalid)?;
+        self.host.check(&machine).await.map_err(invalid)?;
+        Ok(machine)
+    }
+
+    fn check_free(&self, machine: &Machine) -> Result<(), Refusal> {
+        let taken = |what: &str, value: String, holder: String| {
+            Err(Refusal::Taken { what: what.into(), value, holder })
+        };
+        for record in self.records() {
+            if record.machine.id == machine.id {
+                let holder = format!("machine {}", record.machine.name);
+                return taken("the identity", machine.id.to_string(), holder);
+            }
+            if record.machine.name == machine.name {
+                let holder = format!("machine {}", record.machine.id);
+                return taken("the name", machine.name.to_string(), holder);
+            }
+        }
+        let broken = self.broken.read().expect("not poisoned");
+        match broken.values().find(|b| b.row.name == machine.name.as_str()) {
+            Some(b) => taken("the name", b.row.name.clone(), "a broken record".into()),
+            None => Ok(()),
+        }
+    }
+
+    fn records(&self) -> Vec<Arc<Record>> {
+        self.machines.read().expect("not poisoned").values().map(Handle::record).collect()
+    }
+
+    /// Resolves a name, a UUID or the start of one.
+    pub fn find(&self, target: &str) -> Result<Found, Refusal> {
+        match self.handle(target) {
+            Ok(handle) => Ok(Found::Machine(handle.record())),
+            Err(refusal) => {
+                let broken = self.broken.read().expect("not poisoned");
+                let found = broken.values().find(|b| b.row.id == target || b.row.name == target);
+                found.cloned().map(Found::Broken).ok_or(refusal)
+            }
+        }
+    }
+
+    fn handle(&self, target: &str) -> Result<Handle, Refusal> {
+        let machines = self.machines.read().expect("not poisoned");
+        let named: Vec<(String, String, &Handle)> = machines
+            .iter()
+            .map(|(id, h)| (id.to_string(), h.record().machine.name.to_string(), h))
+            .collect();
+        if let Some((_, _, handle)) = named.iter().find(|(id, name, _)| name == target || id == target) {
+            return Ok((*handle).clone());
+        }
+        let begins = |id: &str| target.len() >= 4 && id.starts_with(target);
+        let candidates: Vec<_> = named.iter().filter(|(id, _, _)| begins(id)).collect();
+        match candidates.as_slice() {
+            [(_, _, handle)] => Ok((*handle).clone()),
+            [] => {
+                let near = nearest(target, named.iter().map(|(_, name, _)| name.as_str()));
+                Err(Refusal::NotFound { target: target.into(), near: near.map(str::to_owned) })
+            }
+            many => Err(Refusal::Ambiguous {
+                target: target.into(),
+                candidates: many.iter().map(|(_, name, _)| name.clone()).collect(),
+            }),
+        }
+    }
+
+    /// Asks a machine to do something and waits until it has come to rest.
+    pub async fn ask(
+        &self,
+        target: &str,
+        verb: Verb,
+        stop_timeout: Option<Duration>,
+    ) -> Result<Summary, Refusal> {
+        let mut handle = match self.handle(target) {
+            Ok(handle) => handle,
+            Err(refusal) => return self.ask_broken(target, verb, refusal).await,
+        };
+        if matches!(verb, Verb::Start) {
+            self.check_ports(&handle.record().machine)?;
+        }
+        let (answer, answered) = oneshot::channel();
+        let stop_timeout = stop_timeout.unwrap_or(STOP_TIMEOUT);
+        let closed = || Refusal::failed("the machine has just been removed");
+        handle
+            .inbox
+            .send(Message::Ask { verb, stop_timeout, answer })
+            .map_err(|_| closed())?;
+        answered.await.map_err(|_| closed())??;
+        let published = handle.published.wait_for(|p| wait::settled(verb, p).is_some()).await;
+        let published = published.map_err(|_| closed())?.clone();
+        wait::settled(verb, &published).expect("waited for it")?;
+        Ok(summary(&published.record))
+    }
+
+    async fn ask_broken(
+        &self,
+        target: &str,
+        verb: Verb,
+        refusal: Refusal,
+    ) -> Result<Summary, Refusal> {
+        let broken = match self.find(target) {
+            Ok(Found::Broken(broken)) => broken,
+            Ok(Found::Machine(_)) | Err(_) => return Err(refusal),
+        };
+        let Verb::Remove { .. } = verb else {
+            let (verb, name) = (verb.as_str().to_owned(), broken.row.name);
+            return Err(Refusal::State { verb, name, state: State::Broken });
+        };
+        if let Ok(id) = broken.row.id.parse() {
+            self.host.forget(id).await;
+        }
+        let key = broken.row.id.clone();
+        let deleted = self.store.write(move |c| store::delete_machine(c, &key));
+        deleted.await.map_err(Refusal::failed)?;
+        self.broken.write().expect("not poisoned").remove(&broken.row.id);
+        Ok(summary_of_broken(&broken))
+    }
+
+    /// Two machines that live do not share a host port.
+    fn check_ports(&self, machine: &Machine) -> Result<(), Refusal> {
+        for other in self.records() {
+            if other.machine.id == machine.id || !other.life.state.is_live() {
+                continue;
+            }
+            for port in &machine.ports {
+                let clash = |o: &&lodge_spec::machine::Port| {
+                    let same_ip = o.ip == port.ip || o.ip.is_unspecified() || port.ip.is_unspecified();
+                    o.host == port.host && o.protocol == port.protocol && same_ip
+                };
+                if other.machine.ports.iter().any(|o| clash(&o)) {
+                    return Err(Refusal::Taken {
+                        what: "host port".into(),
+                        value: format!("{}:{}/{}", port.ip, port.host, port.protocol),
+                        holder: format!("machine {}", other.machine.name),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes a machine's description, and the machine where it lives.
+    pub async fn update(&self, target: &str, change: Change) -> Result<Summary, Refusal> {
+        let handle = self.handle(target)?;
+        let record = handle.record();
+        let mut draft = record.machine.to_draft();
+        apply(&mut draft, &change)?;
+        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
+        let machine = resolve(draft, Defaults { id: record.machine.id }).map_err(invalid)?;
+        self.host.check(&machine).await.map_err(invalid)?;
+        let (answer, answered) = oneshot::channel();
+        let closed = |_| Refusal::failed("the machine has just been removed");
+        let message = Message::Change { change, machine: Box::new(machine), answer };
+        handle.inbox.send(message).map_err(|_| closed(()))?;
+        answered.await.map_err(|_| closed(()))??;
+        Ok(summary(&handle.record()))
+    }
+
+    /// Waits for a condition, or says why it will not come.
+    pub async fn wait(
+        &self,
+        target: &str,
+        until: Condition,
+        timeout: Option<Duration>,
+    ) -> Result<Summary, Refusal> {
+        let mut handle = self.handle(target)?;
+        let name = handle.record().machine.name.to_string();
+        let waiting = handle.published.wait_for(|p| wait::holds(until, p).is_some());
+        let published = match timeout {
+            None => waiting.await.map(|p| p.clone()),
+            Some(limit) => match tokio::time::timeout(limit, waiting).await {
+                Ok(published) => published.map(|p| p.clone()),
+                Err(_) => {
+                    let what = match until {
+                        Condition::Running => "running",
+                        Condition::Ready => "ready",
+                        Condition::Stopped => "stopped",
+                    };
+                    let seconds = limit.as_secs();
+                    return Err(Refusal::Timeout { name, what: what.into(), seconds });
+                }
+            },
+        };
+        let published = published.unwrap_or_else(|_| handle.published.borrow().clone());
+        wait::holds(until, &published).unwrap_or(Ok(()))?;
+        Ok(summary(&published.record))
+    }
+
+    /// All machines by name; without `all` only those that live.
+    pub fn list(&self, all: bool) -> Vec<Summary> {
+        let mut list: Vec<Summary> = self.records().iter().map(|r| summary(r)).collect();
+        let broken = self.broken.read().expect("not poisoned");
+        list.extend(broken.values().map(summary_of_broken));
+        list.retain(|s| all || s.state.is_live() || s.state == State::Broken);
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list
+    }
+
+    /// The identities of all machines, broken ones included.
+    pub fn known(&self) -> Vec<MachineId> {
+        let mut ids: Vec<MachineId> =
+            self.machines.read().expect("not poisoned").keys().copied().collect();
+        let broken = self.broken.read().expect("not poisoned");
+        ids.extend(broken.keys().filter_map(|id| id.parse::<MachineId>().ok()));
+        ids
+    }
+}
+
+fn uuid_v4() -> uuid::Uuid {
+    uuid::Uuid::new_v4()
+}
+
+fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
+    use lodge_spec::draft::{CpusDraft, CpusFields, MemoryDraft, MemoryFields, Size};
+    let missing = |list: &str, name: &str| {
+        Refusal::invalid(list, format!("there is none named {name}"))
+    };
+    match change {
+        Change::Cpus { count } => {
+            if let Some(CpusDraft::Detailed(CpusFields { count: old, .. })) = &mut draft.cpus {
+                *old = Some(*count);
+            }
+        }
+        Change::Memory { bytes } => {
+            if let Some(MemoryDraft::Detailed(MemoryFields { size, .. })) = &mut draft.memory {
+                *size = Some(Size::Bytes(*bytes));
+            }
+        }
+        Change::AddDisk { disk } => draft.disks.get_or_insert_default().push(disk.clone()),
+        Change::AddNic { nic } => draft.nics.get_or_insert_default().push(nic.clone()),
+        Change::RemoveDisk { name } => {
+            let disks = draft.disks.get_or_insert_default();
+            let at = disks.iter().position(|d| d.name.as_ref() == Some(name));
+            disks.remove(at.ok_or_else(|| missing("disks", name))?);
+        }
+        Change::RemoveNic { name } => {
+            let nics = draft.nics.get_or_insert_default();
+            let at = nics.iter().position(|n| n.name.as_ref() == Some(name));
+            nics.remove(at.ok_or_else(|| missing("nics", name))?);
+        }
+    }
+    Ok(())
+}
+
+/// What `ls` shows of a machine.
+pub fn summary(record: &Record) -> Summary {
+    let Record { created_us, machine, life, running } = record;
+    Summary {
+        id: machine.id,
+        name: machine.name.clone(),
+        state: life.state,
+        reason: life.reason.clone(),
+        backend: running.as_ref().map(|r| r.backend),
+        accel: running.as_ref().map(|r| r.accel),
+        cpus: machine.cpus.count,
+        memory_bytes: machine.memory.size.0,
+        ready: life.ready,
+        address: running.as_ref().and_then(|r| r.address.clone()),
+        created_at: rfc3339(*created_us),
+    }
+}
+
+fn summary_of_broken(broken: &Broken) -> Summary {
+    let fallback = || "broken".parse().expect("a name");
+    Summary {
+        id: broken.row.id.parse().unwrap_or(MachineId(Default::default())),
+        name: broken.row.name.parse().unwrap_or_else(|_| fallback()),
+        state: State::Broken,
+        reason: Some(broken.reason.clone()),
+        backend: None,
+        accel: None,
+        cpus: 0,
+        memory_bytes: 0,
+        ready: false,
+        address: None,
+        created_at: rfc3339(0),
+    }
+}
+
+/// UTC, to the second.
+pub fn rfc3339(us: i64) -> String {
+    let at = std::time::UNIX_EPOCH + Duration::from_micros(us.max(0).unsigned_abs());
+    humantime::format_rfc3339_seconds(at).to_string()
+}

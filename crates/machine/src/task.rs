@@ -1,0 +1,299 @@
+//! The one task that owns a machine's effects. Everyone else sends it messages and reads what it
+//! publishes. Each change is written to the store before its effects begin.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lodge_spec::machine::{Boot, Machine};
+use lodge_spec::request::{Change, Refusal};
+use lodge_spec::state::{Event, State};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::host::{Command, Host, Mark, Report, Running, Sink};
+use crate::life::{self, Action, Denied, Life, Policy, Seen, Verb};
+use crate::record::Record;
+use crate::store::{self, Row, Store, StoreError, now_us};
+
+/// How long a guest that was asked to end may take where nobody said.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What everyone may know about a machine at any moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Published {
+    pub(crate) record: Arc<Record>,
+    /// The machine is gone; its task has ended.
+    pub(crate) forgotten: bool,
+}
+
+pub(crate) enum Message {
+    Ask { verb: Verb, stop_timeout: Duration, answer: oneshot::Sender<Result<(), Refusal>> },
+    /// A change and the whole description after it.
+    Change { change: Change, machine: Box<Machine>, answer: oneshot::Sender<Result<(), Refusal>> },
+    LaunchDone(Result<Running, String>),
+    /// A timer of the given generation has run out.
+    Timer(u64, Seen),
+}
+
+pub(crate) struct Task<H> {
+    pub(crate) host: Arc<H>,
+    pub(crate) store: Store,
+    pub(crate) record: Record,
+    pub(crate) publish: watch::Sender<Published>,
+    pub(crate) events: broadcast::Sender<Event>,
+    pub(crate) inbox: mpsc::UnboundedReceiver<Message>,
+    pub(crate) own: mpsc::UnboundedSender<Message>,
+    pub(crate) reports: mpsc::UnboundedReceiver<Report>,
+    pub(crate) sink: Sink,
+    pub(crate) stop_timeout: Duration,
+    /// Timers of earlier generations are void.
+    pub(crate) timers: u64,
+}
+
+impl<H: Host> Task<H> {
+    /// Runs until the machine is forgotten. A machine that lived before is adopted first.
+    pub(crate) async fn run(mut self) {
+        if self.record.life.state.is_live() {
+            let machine = Arc::new(self.record.machine.clone());
+            let seen = match self.host.adopt(machine, self.sink.clone()).await {
+                Ok(found) => Seen::Adopted { paused: found.paused, ready: found.ready },
+                Err(reason) => Seen::Lost(reason),
+            };
+            if self.saw(seen).await {
+                return;
+            }
+        } else if self.record.life.restart_due {
+            self.arm(Duration::ZERO, Seen::RestartDue);
+        }
+        loop {
+            let gone = tokio::select! {
+                Some(message) = self.inbox.recv() => self.handle(message).await,
+                Some(report) = self.reports.recv() => match report {
+                    Report::Seen(seen) => self.saw(seen).await,
+                    Report::Mark(mark) => {
+                        self.note(mark).await;
+                        false
+                    }
+                },
+                else => true,
+            };
+            if gone {
+                return;
+            }
+        }
+    }
+
+    /// True once the machine is forgotten.
+    async fn handle(&mut self, message: Message) -> bool {
+        match message {
+            Message::Ask { verb, stop_timeout, answer } => {
+                self.stop_timeout = stop_timeout;
+                let (result, gone) = match life::ask(&self.record.life, verb) {
+                    Ok((next, actions)) => {
+                        let event = (verb.as_str().to_owned(), String::new());
+                        self.take(next, actions, Some(event)).await
+                    }
+                    Err(Denied { verb, state }) => (Err(self.denied(verb, state)), false),
+                };
+                // Whoever asked may have gone away; what was asked is done all the same.
+                let _ = answer.send(result);
+                gone
+            }
+            Message::Change { change, machine, answer } => {
+                let _ = answer.send(self.change(change, *machine).await);
+                false
+            }
+            Message::LaunchDone(Ok(running)) => {
+                if let Boot::Firmware { once, .. } = &mut self.record.machine.boot {
+                    // It was for this boot only.
+                    *once = None;
+                }
+                self.record.running = Some(running);
+                self.saw(Seen::Launched).await
+            }
+            Message::LaunchDone(Err(reason)) => self.saw(Seen::LaunchFailed(reason)).await,
+            Message::Timer(generation, seen) if generation == self.timers => self.saw(seen).await,
+            Message::Timer(_, _) => false,
+        }
+    }
+
+    fn denied(&self, verb: Verb, state: State) -> Refusal {
+        let name = self.record.machine.name.to_string();
+        Refusal::State { verb: verb.as_str().to_owned(), name, state }
+    }
+
+    async fn saw(&mut self, seen: Seen) -> bool {
+        let policy = Policy {
+            restart: self.record.machine.restart,
+            ephemeral: self.record.machine.ephemeral,
+        };
+        let event = describe(&seen);
+        let (next, actions) = life::saw(&self.record.life, policy, seen);
+        let (result, gone) = self.take(next, actions, Some(event)).await;
+        if let Err(refusal) = result {
+            let detail = refusal.to_string();
+            self.note(Mark { kind: "error".into(), detail, at_us: None }).await;
+        }
+        gone
+    }
+
+    /// Writes the next life down, publishes it, then acts.
+    async fn take(
+        &mut self,
+        next: Life,
+        actions: Vec<Action>,
+        event: Option<(String, String)>,
+    ) -> (Result<(), Refusal>, bool) {
+        if next.state != self.record.life.state || actions.contains(&Action::Launch) {
+            // Whatever was timed belongs to the state that ends here.
+            self.timers += 1;
+        }
+        let before = std::mem::replace(&mut self.record.life, next);
+        if let Err(error) = self.persist(event.into_iter().collect()).await {
+            self.record.life = before;
+            return (Err(Refusal::failed(error)), false);
+        }
+        self.publish(false);
+        let mut result = Ok(());
+        for action in actions {
+            if action == Action::Forget {
+                let result = self.forget().await;
+                return (result.map_err(Refusal::failed), true);
+            }
+            if let Err(reason) = self.act(action).await
+                && result.is_ok()
+            {
+                result = Err(Refusal::Failed { message: reason });
+            }
+        }
+        (result, false)
+    }
+
+    async fn act(&mut self, action: Action) -> Result<(), String> {
+        let id = self.record.machine.id;
+        let command = match action {
+            Action::Launch => {
+                let (host, own) = (self.host.clone(), self.own.clone());
+                let machine = Arc::new(self.record.machine.clone());
+                // Reports of the launch before are not about this one.
+                let (sink, reports) = mpsc::unbounded_channel();
+                (self.sink, self.reports) = (sink.clone(), reports);
+                tokio::spawn(async move {
+                    let result = host.launch(machine, sink).await;
+                    let _ = own.send(Message::LaunchDone(result));
+                });
+                return Ok(());
+            }
+            Action::Release => {
+                self.host.release(Arc::new(self.record.machine.clone())).await;
+                return Ok(());
+            }
+            Action::ArmStopTimer => {
+                self.arm(self.stop_timeout, Seen::StopTimedOut);
+                return Ok(());
+            }
+            Action::ArmRestartTimer(nth) => {
+                let wait = Duration::from_millis(250 << nth.min(8));
+                self.arm(wait, Seen::RestartDue);
+                return Ok(());
+            }
+            Action::Forget => return Ok(()),
+            Action::Powerdown => Command::Powerdown,
+            Action::Quit => Command::Quit,
+            Action::Pause => Command::Pause,
+            Action::Resume => Command::Resume,
+            Action::Reset => Command::Reset,
+        };
+        self.host.command(id, command).await
+    }
+
+    async fn change(&mut self, change: Change, machine: Machine) -> Result<(), Refusal> {
+        if self.record.life.state.is_live() {
+            let machine = Arc::new(machine.clone());
+            self.host.change(machine, change.clone()).await.map_err(Refusal::failed)?;
+        }
+        self.record.machine = machine;
+        let detail = serde_json::to_string(&change).unwrap_or_default();
+        self.persist(vec![("changed".into(), detail)]).await.map_err(Refusal::failed)?;
+        self.publish(false);
+        Ok(())
+    }
+
+    async fn forget(&mut self) -> Result<(), StoreError> {
+        let id = self.record.machine.id;
+        self.host.forget(id).await;
+        let event = self.event("removed".into(), String::new(), now_us());
+        let key = id.to_string();
+        let written = self.store.write(move |c| {
+            store::delete_machine(c, &key)?;
+            store::put_event(c, event)
+        });
+        let event = written.await?;
+        self.publish(true);
+        let _ = self.events.send(event);
+        Ok(())
+    }
+
+    async fn note(&mut self, mark: Mark) {
+        let event = self.event(mark.kind, mark.detail, mark.at_us.unwrap_or_else(now_us));
+        // A remark that cannot be kept is not worth failing a machine for.
+        if let Ok(event) = self.store.write(move |c| store::put_event(c, event)).await {
+            let _ = self.events.send(event);
+        }
+    }
+
+    fn event(&self, kind: String, detail: String, at_us: i64) -> Event {
+        let machine = &self.record.machine;
+        Event { seq: 0, at_us, id: machine.id, name: machine.name.to_string(), kind, detail }
+    }
+
+    async fn persist(&mut self, events: Vec<(String, String)>) -> Result<(), StoreError> {
+        let row = Row {
+            id: self.record.machine.id.to_string(),
+            name: self.record.machine.name.to_string(),
+            record: self.record.to_text(),
+        };
+        let now = now_us();
+        let events: Vec<Event> =
+            events.into_iter().map(|(kind, detail)| self.event(kind, detail, now)).collect();
+        let written = self.store.write(move |c| {
+            store::put_machine(c, &row)?;
+            events.into_iter().map(|e| store::put_event(c, e)).collect::<Result<Vec<_>, _>>()
+        });
+        for event in written.await? {
+            let _ = self.events.send(event);
+        }
+        Ok(())
+    }
+
+    fn publish(&self, forgotten: bool) {
+        self.publish.send_replace(Published { record: Arc::new(self.record.clone()), forgotten });
+    }
+
+    fn arm(&mut self, wait: Duration, seen: Seen) {
+        self.timers += 1;
+        let (own, generation) = (self.own.clone(), self.timers);
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let _ = own.send(Message::Timer(generation, seen));
+        });
+    }
+}
+
+fn describe(seen: &Seen) -> (String, String) {
+    let (kind, detail) = match seen {
+        Seen::Launched => ("running", String::new()),
+        Seen::LaunchFailed(reason) => ("launch-failed", reason.clone()),
+        Seen::Paused => ("paused", String::new()),
+        Seen::Resumed => ("resumed", String::new()),
+        Seen::GuestReset => ("guest-reset", String::new()),
+        Seen::Ready => ("ready", String::new()),
+        Seen::Panicked(line) => ("guest-panic", line.clone()),
+        Seen::Exited(Ok(())) => ("exited", "the guest shut down".into()),
+        Seen::Exited(Err(how)) => ("exited", how.clone()),
+        Seen::StopTimedOut => ("stop-timed-out", "the guest did not end; ending it".into()),
+        Seen::RestartDue => ("restart-due", String::new()),
+        Seen::Adopted { .. } => ("adopted", "found running after a restart of the daemon".into()),
+        Seen::Lost(reason) => ("lost", reason.clone()),
+    };
+    (kind.to_owned(), detail)
+}

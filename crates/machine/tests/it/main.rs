@@ -1,0 +1,3 @@
+//! The keeper against the strict fake host and a real store.
+
+mod lifecycle;
