@@ -1,1 +1,15 @@
-//! x
+//! How Linux does it: processes, disks, networks, hypervisors. With the jail the only room that
+//! changes the system. Implements the machine room's `Host`; knows no door.
+
+pub mod backend;
+pub mod elf;
+pub mod facts;
+mod fdpass;
+pub mod kvm;
+pub mod image;
+pub mod linux;
+pub mod net;
+pub mod paths;
+pub mod proc;
+pub mod survey;
+pub mod warden;

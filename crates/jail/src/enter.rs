@@ -125,7 +125,7 @@ fn fork_sibling() -> Result<Option<i32>, Error> {
 
 fn confine(plan: &JailPlan, program: OwnedFd, rootless: bool) -> Result<(), Error> {
     rustix::process::setsid().map_err(step("leave the session"))?;
-    mounts::enter_root(plan)?;
+    mounts::enter_root(plan, rootless)?;
     rustix::system::sethostname(b"jail").map_err(step("set the host name"))?;
     set_limits()?;
     keep_descriptors(&plan.keep_fds)?;
@@ -213,7 +213,7 @@ fn become_program(plan: &JailPlan) -> Result<(), Error> {
         pointers
     };
     let (argv, env) = (pointers(&argv), pointers(&env));
-    let (main, clone3) = (syscalls::filter()?, syscalls::no_clone3()?);
+    let (main, clone3) = (syscalls::filter(plan.writes_files)?, syscalls::no_clone3()?);
     seccompiler::apply_filter(&clone3)?;
     seccompiler::apply_filter(&main)?;
     // SAFETY: the vectors are terminated by null pointers and point to terminated strings, all of

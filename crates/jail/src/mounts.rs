@@ -31,21 +31,29 @@ struct MountAttr {
 }
 
 /// Makes the new root and enters it; afterwards no host path can be named.
-pub(crate) fn enter_root(plan: &JailPlan) -> Result<(), Error> {
+pub(crate) fn enter_root(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
     let root = Path::new("/");
     rustix::mount::mount_change(
         root,
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
     .map_err(at("make mounts private", root))?;
-    let trees = plan.binds.iter().map(clone_tree).collect::<Result<Vec<_>, _>>()?;
+    // Root makes device nodes anew, owned by the user inside; others bind what they may open.
+    let (nodes, binds): (Vec<&Bind>, Vec<&Bind>) =
+        plan.binds.iter().partition(|bind| bind.device && !rootless);
+    let trees = binds.iter().map(|bind| clone_tree(bind)).collect::<Result<Vec<_>, _>>()?;
+    let devices = nodes.iter().map(|bind| device_number(bind)).collect::<Result<Vec<_>, _>>()?;
     let stage = plan.stage.as_path();
-    mount_empty(stage)?;
-    for (bind, tree) in plan.binds.iter().zip(&trees) {
+    mount_empty(stage, nodes.is_empty())?;
+    for (bind, tree) in binds.iter().zip(&trees) {
         place(stage, bind, tree)?;
     }
+    for (bind, number) in nodes.iter().zip(devices) {
+        make_node(stage, bind, number, plan)?;
+    }
     let mounted = open_path(stage)?;
-    set_attributes(mounted.as_fd(), RDONLY | NOSUID | NODEV).map_err(at("seal", stage))?;
+    let nodev = if nodes.is_empty() { NODEV } else { 0 };
+    set_attributes(mounted.as_fd(), RDONLY | NOSUID | nodev).map_err(at("seal", stage))?;
     rustix::process::chdir(stage).map_err(at("enter", stage))?;
     rustix::process::pivot_root(".", ".").map_err(at("pivot into", stage))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(at("leave", root))?;
@@ -67,7 +75,26 @@ fn clone_tree(bind: &Bind) -> Result<OwnedFd, Error> {
     Ok(tree)
 }
 
-fn mount_empty(stage: &Path) -> Result<(), Error> {
+fn device_number(bind: &Bind) -> Result<u64, Error> {
+    rustix::fs::stat(&bind.source).map(|s| s.st_rdev).map_err(at("look at", &bind.source))
+}
+
+fn make_node(stage: &Path, bind: &Bind, number: u64, plan: &JailPlan) -> Result<(), Error> {
+    use rustix::fs::{CWD, FileType, Gid, Mode, Uid};
+    let target = stage.join(bind.target.strip_prefix("/").unwrap_or(&bind.target));
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent).map_err(|e| Error::io("make", parent, e))?;
+    }
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(CWD, &target, FileType::CharacterDevice, mode, number)
+        .map_err(at("make", &target))?;
+    let owner = (Some(Uid::from_raw(plan.uid)), Some(Gid::from_raw(plan.gid)));
+    rustix::fs::chown(&target, owner.0, owner.1).map_err(at("give away", &target))
+}
+
+fn mount_empty(stage: &Path, nodev: bool) -> Result<(), Error> {
+    let devices =
+        if nodev { MountAttrFlags::MOUNT_ATTR_NODEV } else { MountAttrFlags::empty() };
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)
         .map_err(at("make a root for", stage))?;
     for (key, value) in [("mode", "0755"), ("size", "1m"), ("nr_inodes", "4096")] {
@@ -78,7 +105,7 @@ fn mount_empty(stage: &Path) -> Result<(), Error> {
     let mount = rustix::mount::fsmount(
         context.as_fd(),
         FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
+        MountAttrFlags::MOUNT_ATTR_NOSUID | devices,
     )
     .map_err(at("make a root for", stage))?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;

@@ -29,6 +29,8 @@ pub struct JailPlan {
     pub cgroups: Vec<PathBuf>,
     /// A stream socket that receives `pid N\n` and then `enter\n` just before the program runs.
     pub status_fd: i32,
+    /// Some binds are writable folders: the calls that make, rename and remove files are kept.
+    pub writes_files: bool,
 }
 
 /// One host path inside the jail.

@@ -188,10 +188,32 @@ const PRCTLS: &[i32] = &[
     libc::PR_SET_VMA,
 ];
 
+/// Making, renaming and removing files, for those who were given a folder to write in.
+const FILES: &[i64] = &[
+    libc::SYS_mkdirat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_linkat,
+    libc::SYS_symlinkat,
+    libc::SYS_mknodat,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_lgetxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_fsetxattr,
+];
+
 /// The filter, compiled for this processor.
-pub(crate) fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+pub(crate) fn filter(writes_files: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+    let files = if writes_files { FILES } else { &[] };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        PLAIN.iter().map(|number| (*number, Vec::new())).collect();
+        PLAIN.iter().chain(files).map(|number| (*number, Vec::new())).collect();
     let clone_thread = libc::CLONE_THREAD as u64;
     let mut when = |number: i64, conditions: Vec<SeccompCondition>| {
         SeccompRule::new(conditions).map(|rule| rules.entry(number).or_default().push(rule))

@@ -1,1 +1,41 @@
-fn main() {}
+//! Wiring: one program that is the command line, the daemon, the warden of a machine and the
+//! keeper of a network, told apart by its first argument. Holds no policy.
+
+mod answer;
+mod client;
+mod command;
+mod console;
+mod daemon;
+mod doctor;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // The helper processes are told apart before anything else is touched: they stay small.
+    let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let text = |i: usize| args.get(i).and_then(|a| a.to_str());
+    match (text(1), text(2), text(3)) {
+        (Some("warden"), None, None) => return lodge_host::warden::main(),
+        (Some("netd"), Some(dir), Some(name)) => {
+            return lodge_host::net::keeper::main(Path::new(dir), name);
+        }
+        (_, _, _) => {}
+    }
+    match command::main() {
+        Ok(code) => code,
+        Err(error) => {
+            // A reader that went away (`lodge ls | head`) is no error.
+            let broken = error.chain().any(|e| {
+                let io = e.downcast_ref::<std::io::Error>();
+                io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+            });
+            if broken {
+                return ExitCode::SUCCESS;
+            }
+            let _ = writeln!(std::io::stderr(), "lodge: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -100,13 +100,13 @@ impl Host for FakeHost {
         })
     }
 
-    async fn adopt(&self, machine: Arc<Machine>, sink: Sink) -> Result<Found, String> {
+    async fn adopt(&self, machine: Arc<Machine>, sink: Sink) -> Found {
         match self.world().live.get_mut(&machine.id) {
             Some((_, old, paused)) => {
                 *old = Some(sink);
-                Ok(Found { paused: *paused, ready: false })
+                Found::Alive { paused: *paused, ready: false }
             }
-            None => Err("nothing is there".into()),
+            None => Found::Ended(Err("nothing is there".into())),
         }
     }
 

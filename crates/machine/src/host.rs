@@ -52,11 +52,12 @@ pub enum Command {
     Reset,
 }
 
-/// A hypervisor found after a restart of the daemon.
+/// What became of a hypervisor while there was no daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    pub paused: bool,
-    pub ready: bool,
+pub enum Found {
+    Alive { paused: bool, ready: bool },
+    /// It ended; `Err` says how, where it was not a shutdown by the guest.
+    Ended(Result<(), String>),
 }
 
 /// How machines meet the world. Every effect is named after the machine's id, so that any of these
@@ -74,12 +75,7 @@ pub trait Host: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Running, String>> + Send;
 
     /// Finds the hypervisor that an earlier daemon launched and reports to `sink` from now on.
-    /// The error says what became of it.
-    fn adopt(
-        &self,
-        machine: Arc<Machine>,
-        sink: Sink,
-    ) -> impl Future<Output = Result<Found, String>> + Send;
+    fn adopt(&self, machine: Arc<Machine>, sink: Sink) -> impl Future<Output = Found> + Send;
 
     fn command(
         &self,

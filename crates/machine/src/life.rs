@@ -61,8 +61,6 @@ pub enum Seen {
     RestartDue,
     /// After a restart of the daemon: the hypervisor is there.
     Adopted { paused: bool, ready: bool },
-    /// After a restart of the daemon: it is not, and this is what is known.
-    Lost(String),
 }
 
 /// Effects, to be taken in order.
@@ -224,9 +222,6 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         (Seen::Adopted { paused, ready }, state) if state.is_live() => {
             adopted(life, paused, ready)
         }
-        (Seen::Lost(reason), state) if state.is_live() => {
-            ended(life, policy, Ended::Failure(reason))
-        }
         (
             Seen::Launched
             | Seen::LaunchFailed(_)
@@ -238,8 +233,7 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
             | Seen::Exited(_)
             | Seen::StopTimedOut
             | Seen::RestartDue
-            | Seen::Adopted { .. }
-            | Seen::Lost(_),
+            | Seen::Adopted { .. },
             _,
         ) => same,
     }
@@ -357,7 +351,6 @@ mod tests {
             Seen::RestartDue,
             Seen::Adopted { paused: false, ready: true },
             Seen::Adopted { paused: true, ready: false },
-            Seen::Lost("gone".into()),
         ]);
         prop_oneof![verbs.prop_map(Event::Ask), seen.prop_map(Event::Saw)]
     }

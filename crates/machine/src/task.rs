@@ -9,7 +9,7 @@ use lodge_spec::request::{Change, Refusal};
 use lodge_spec::state::{Event, State};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::host::{Command, Host, Mark, Report, Running, Sink};
+use crate::host::{Command, Found, Host, Mark, Report, Running, Sink};
 use crate::life::{self, Action, Denied, Life, Policy, Seen, Verb};
 use crate::record::Record;
 use crate::store::{self, Row, Store, StoreError, now_us};
@@ -55,8 +55,8 @@ impl<H: Host> Task<H> {
         if self.record.life.state.is_live() {
             let machine = Arc::new(self.record.machine.clone());
             let seen = match self.host.adopt(machine, self.sink.clone()).await {
-                Ok(found) => Seen::Adopted { paused: found.paused, ready: found.ready },
-                Err(reason) => Seen::Lost(reason),
+                Found::Alive { paused, ready } => Seen::Adopted { paused, ready },
+                Found::Ended(how) => Seen::Exited(how),
             };
             if self.saw(seen).await {
                 return;
@@ -293,7 +293,6 @@ fn describe(seen: &Seen) -> (String, String) {
         Seen::StopTimedOut => ("stop-timed-out", "the guest did not end; ending it".into()),
         Seen::RestartDue => ("restart-due", String::new()),
         Seen::Adopted { .. } => ("adopted", "found running after a restart of the daemon".into()),
-        Seen::Lost(reason) => ("lost", reason.clone()),
     };
     (kind.to_owned(), detail)
 }

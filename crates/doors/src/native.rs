@@ -1,0 +1,5 @@
+//! The native door: the command line, and the Unix socket between it and the daemon.
+
+pub mod grammar;
+pub mod render;
+pub mod wire;

@@ -1,0 +1,396 @@
+//! The command line's grammar. Help, completions and man pages come from these definitions; what
+//! a command does is elsewhere.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use lodge_spec::draft::{BootDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size};
+
+/// Describe, build, boot, confine and look after virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "lodge", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(after_help = "Example:\n  lodge image build debian-12\n  lodge run debian-12 --name web \
+                        --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22")]
+pub struct Cli {
+    /// How to print: for people, or as JSON.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create a machine and start it.
+    #[command(after_help = "Example:\n  lodge run debian-12 --name web --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22\n  lodge run --kernel vmlinuz --initrd initrd --append console=ttyS0 --ready 'console:login:' --wait ready")]
+    Run(Box<Run>),
+    /// Create a machine from a document (YAML, JSON or TOML; - is standard input).
+    #[command(after_help = "Example:\n  lodge create web.yaml")]
+    Create {
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// Start a machine.
+    #[command(after_help = "Example:\n  lodge start web --wait ready --timeout 60")]
+    Start {
+        name: String,
+        #[arg(long, value_enum, default_value_t = Until::Running)]
+        wait: Until,
+        /// Seconds to wait at most.
+        #[arg(long)]
+        timeout: Option<u64>,
+    },
+    /// Ask a guest to end, and end it when it does not.
+    #[command(after_help = "Example:\n  lodge stop web --timeout 10")]
+    Stop {
+        name: String,
+        /// End it at once, as pulling the plug would.
+        #[arg(long, short)]
+        force: bool,
+        /// Seconds that the guest has.
+        #[arg(long, default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Stop a machine and start it again.
+    #[command(after_help = "Example:\n  lodge restart web")]
+    Restart {
+        name: String,
+        #[arg(long, default_value_t = 30)]
+        timeout: u64,
+    },
+    /// Press the reset button.
+    #[command(after_help = "Example:\n  lodge reset web")]
+    Reset { name: String },
+    /// Let a machine stand still.
+    #[command(after_help = "Example:\n  lodge pause web")]
+    Pause { name: String },
+    /// Let a paused machine go on.
+    #[command(after_help = "Example:\n  lodge resume web")]
+    Resume { name: String },
+    /// Remove machines and their disks.
+    #[command(after_help = "Example:\n  lodge rm web --force")]
+    Rm {
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Also while they run.
+        #[arg(long, short)]
+        force: bool,
+    },
+    /// Change a machine: CPUs, memory, disks, interfaces. Live where it runs and its board can.
+    #[command(after_help = "Example:\n  lodge set web --cpus 2\n  lodge set web --add-disk 10GB")]
+    Set(Set),
+    /// List machines: those that live, or all.
+    #[command(after_help = "Example:\n  lodge ls -a\n  lodge ls -o json\n\nJSON: an array of objects with id, name, state, reason, backend, accel, cpus, memory_bytes, ready, address, created_at.")]
+    Ls {
+        #[arg(long, short)]
+        all: bool,
+    },
+    /// Everything about a machine, as JSON: its document, its state, how it runs, what confines it.
+    #[command(after_help = "Example:\n  lodge inspect web")]
+    Inspect { name: String },
+    /// What the guest printed on its console.
+    #[command(after_help = "Example:\n  lodge logs web -f --tail 50")]
+    Logs {
+        name: String,
+        #[arg(long, short)]
+        follow: bool,
+        /// Lines from the end.
+        #[arg(long, default_value_t = 200)]
+        tail: usize,
+    },
+    /// A terminal on the guest's console; `~.` at the start of a line leaves.
+    #[command(after_help = "Example:\n  lodge console web")]
+    Console { name: String },
+    /// Wait until a machine is running, ready or stopped.
+    #[command(after_help = "Example:\n  lodge wait web --for ready --timeout 60")]
+    Wait {
+        name: String,
+        #[arg(long = "for", value_enum, default_value_t = Until::Ready)]
+        until: Until,
+        /// Seconds to wait at most.
+        #[arg(long)]
+        timeout: Option<u64>,
+    },
+    /// What happened, of one machine or of all.
+    #[command(after_help = "Example:\n  lodge events -f")]
+    Events {
+        name: Option<String>,
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// The last start, moment by moment.
+    #[command(after_help = "Example:\n  lodge timeline web")]
+    Timeline { name: String },
+    /// How a machine would be started, and what each backend lacks. Changes nothing.
+    #[command(after_help = "Example:\n  lodge plan web.yaml\n  lodge plan --kernel vmlinuz --initrd initrd")]
+    Plan(Box<Plan>),
+    /// Why a machine failed: its events, the hypervisor's and the guest's last words.
+    #[command(after_help = "Example:\n  lodge why web")]
+    Why { name: String },
+    /// What this host can do, and how to add what is missing.
+    #[command(after_help = "Example:\n  lodge doctor")]
+    Doctor,
+    /// Remove what belongs to no machine.
+    #[command(after_help = "Example:\n  lodge gc --dry-run")]
+    Gc {
+        /// Only say what would be removed, and why.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Images: build, add, list, inspect, remove, verify.
+    #[command(subcommand)]
+    Image(Image),
+    /// The daemon. Commands start it themselves when none runs.
+    #[command(after_help = "Example:\n  lodge serve")]
+    Serve,
+    /// Completions for a shell.
+    #[command(after_help = "Example:\n  lodge completions bash > /etc/bash_completion.d/lodge")]
+    Completions { shell: String },
+    /// Write man pages into a folder.
+    #[command(after_help = "Example:\n  lodge man /usr/local/share/man/man1")]
+    Man {
+        #[arg(value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+    },
+    /// Print the JSON Schema of the machine document.
+    #[command(after_help = "Example:\n  lodge schema > machine.schema.json")]
+    Schema,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Until {
+    Running,
+    Ready,
+    Stopped,
+    None,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Build an image out of distribution packages.
+    #[command(after_help = "Example:\n  lodge image build debian-12 --size 4GB --packages curl,git")]
+    Build {
+        name: String,
+        /// Size of its disk; 2 GB when absent.
+        #[arg(long)]
+        size: Option<String>,
+        /// More packages.
+        #[arg(long, value_delimiter = ',')]
+        packages: Vec<String>,
+    },
+    /// Take a disk image (raw or qcow2) into the store.
+    #[command(after_help = "Example:\n  lodge image add disk.qcow2 --name mine")]
+    Add {
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List images.
+    #[command(after_help = "Example:\n  lodge image ls")]
+    Ls,
+    /// Everything about an image, as JSON.
+    #[command(after_help = "Example:\n  lodge image inspect debian-12")]
+    Inspect { name: String },
+    /// Remove an image that no machine uses.
+    #[command(after_help = "Example:\n  lodge image rm debian-12")]
+    Rm { name: String },
+    /// Compare images with their digests.
+    #[command(after_help = "Example:\n  lodge image verify debian-12")]
+    Verify { name: Option<String> },
+}
+
+/// A machine in flags.
+#[derive(Debug, Default, Args)]
+pub struct MachineFlags {
+    /// Name of the machine.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Number of CPUs.
+    #[arg(long)]
+    pub cpus: Option<u32>,
+    /// Memory, as in 512MiB.
+    #[arg(long)]
+    pub memory: Option<String>,
+    /// Boot this kernel (bzImage or ELF).
+    #[arg(long, value_hint = ValueHint::FilePath)]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel.
+    #[arg(long, value_hint = ValueHint::FilePath)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; with an image, added to the image's own.
+    #[arg(long, value_name = "CMDLINE")]
+    pub append: Option<String>,
+    /// Attach a disk, raw or qcow2.
+    #[arg(long, value_name = "PATH[:ro]")]
+    pub disk: Vec<String>,
+    /// Attach a CD-ROM.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub cdrom: Vec<PathBuf>,
+    /// Lead a host port into the guest.
+    #[arg(long, value_name = "[IP:]HOST:GUEST[/udp]")]
+    pub port: Vec<String>,
+    /// Put an interface on a network; `none` for no interface.
+    #[arg(long, value_name = "NAME|none")]
+    pub net: Vec<String>,
+    /// The hypervisor.
+    #[arg(long, value_name = "auto|qemu")]
+    pub backend: Option<String>,
+    /// How guest code runs.
+    #[arg(long, value_name = "auto|kvm|tcg")]
+    pub accel: Option<String>,
+    /// Put a host file into the guest.
+    #[arg(long, value_name = "GUESTPATH=HOSTFILE")]
+    pub file: Vec<String>,
+    /// Let the owner of this public key in as root.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub ssh_key: Vec<PathBuf>,
+    /// When the guest is ready.
+    #[arg(long, value_name = "console:REGEX|port:N|dhcp")]
+    pub ready: Option<String>,
+    /// Remove the machine once it has stopped.
+    #[arg(long)]
+    pub rm: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Name of a stored image.
+    pub image: Option<String>,
+    #[command(flatten)]
+    pub machine: MachineFlags,
+    /// What to wait for.
+    #[arg(long, value_enum, default_value_t = Until::Running)]
+    pub wait: Until,
+    /// Seconds to wait at most.
+    #[arg(long)]
+    pub timeout: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// A document, or the name of a stored image.
+    pub source: Option<String>,
+    #[command(flatten)]
+    pub machine: MachineFlags,
+}
+
+#[derive(Debug, Args)]
+pub struct Set {
+    pub name: String,
+    /// Number of CPUs, up to `cpus.max`.
+    #[arg(long)]
+    pub cpus: Option<u32>,
+    /// Memory, up to `memory.max`.
+    #[arg(long)]
+    pub memory: Option<String>,
+    /// Add a disk: a host path, or a size for an empty one.
+    #[arg(long, value_name = "PATH[:ro]|SIZE")]
+    pub add_disk: Vec<String>,
+    /// Remove a disk.
+    #[arg(long, value_name = "DISK")]
+    pub remove_disk: Vec<String>,
+    /// Add an interface on a network.
+    #[arg(long, value_name = "NETWORK")]
+    pub add_nic: Vec<String>,
+    /// Remove an interface.
+    #[arg(long, value_name = "NIC")]
+    pub remove_nic: Vec<String>,
+}
+
+fn absolute(path: &std::path::Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.to_string_lossy().into_owned()
+}
+
+/// `PATH[:ro]`.
+pub fn disk_of(text: &str) -> DiskDraft {
+    let (path, read_only) = match text.strip_suffix(":ro") {
+        Some(path) => (path, Some(true)),
+        None => (text, None),
+    };
+    let source = Some(absolute(path.as_ref()));
+    DiskDraft { source, read_only, ..DiskDraft::default() }
+}
+
+impl MachineFlags {
+    /// The draft that the flags describe. Reads the key files; errors name the flag.
+    pub fn draft(self, image: Option<String>) -> Result<Draft, String> {
+        let Self {
+            name, cpus, memory, kernel, initrd, append, disk, cdrom, port, net, backend, accel,
+            file, ssh_key, ready, rm,
+        } = self;
+        let boots = kernel.is_some() || initrd.is_some() || append.is_some();
+        let boot = boots.then(|| BootDraft {
+            kernel: kernel.as_deref().map(absolute),
+            initrd: initrd.as_deref().map(absolute),
+            cmdline: append,
+            ..BootDraft::default()
+        });
+        let mut disks: Vec<DiskDraft> = disk.iter().map(|d| disk_of(d)).collect();
+        disks.extend(cdrom.iter().map(|path| DiskDraft {
+            source: Some(absolute(path)),
+            media: Some("cdrom".into()),
+            ..DiskDraft::default()
+        }));
+        let mut files = Vec::new();
+        for text in &file {
+            let (path, source) = text
+                .split_once('=')
+                .ok_or_else(|| format!("--file {text:?} is not GUESTPATH=HOSTFILE"))?;
+            files.push(FileDraft {
+                path: Some(path.to_owned()),
+                source: Some(absolute(source.as_ref())),
+                ..FileDraft::default()
+            });
+        }
+        let mut keys = Vec::new();
+        for path in &ssh_key {
+            let text = std::fs::read_to_string(path)
+                .map_err(|e| format!("--ssh-key {}: {e}", path.display()))?;
+            keys.extend(text.lines().filter(|l| !l.trim().is_empty()).map(str::to_owned));
+        }
+        let nics = match net.iter().any(|n| n == "none") {
+            true if net.len() > 1 => return Err("--net none excludes other networks".into()),
+            true => Some(Vec::new()),
+            false if net.is_empty() => None,
+            false => Some(net.into_iter().map(nic_on).collect()),
+        };
+        Ok(Draft {
+            name,
+            cpus: cpus.map(lodge_spec::draft::CpusDraft::Count),
+            memory: memory.map(MemoryDraft::Text),
+            image,
+            boot,
+            disks: (!disks.is_empty()).then_some(disks),
+            nics,
+            ports: (!port.is_empty()).then(|| port.into_iter().map(PortDraft::Text).collect()),
+            files: (!files.is_empty()).then_some(files),
+            ssh_keys: (!keys.is_empty()).then_some(keys),
+            ephemeral: rm.then_some(true),
+            ready,
+            backend,
+            accel,
+            ..Draft::default()
+        })
+    }
+}
+
+/// An interface on a network.
+pub fn nic_on(network: String) -> NicDraft {
+    NicDraft { network: Some(network), ..NicDraft::default() }
+}
+
+/// A path, or a size for an empty disk.
+pub fn disk_or_size(text: &str) -> DiskDraft {
+    match text.parse::<lodge_spec::Bytes>() {
+        Ok(size) => DiskDraft { size: Some(Size::Bytes(size.0)), ..DiskDraft::default() },
+        Err(_) => disk_of(text),
+    }
+}

@@ -1,0 +1,233 @@
+//! What the hypervisors have in common: a pure plan in, a list of steps and one process out.
+//! Nothing happens at a start that its `Launch` does not list.
+
+pub mod qemu;
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use lodge_jail::JailPlan;
+use lodge_jail::cgroup::Limits;
+use lodge_spec::capability::Need;
+use lodge_spec::machine::{Accel, BackendKind, Board, Protocol};
+use lodge_spec::names::Mac;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Descriptors that the plan names start here; everything below belongs to the warden.
+pub const FIRST_FD: i32 = 100;
+
+/// How a machine is started. `lodge plan` prints it, `lodge start` carries it out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    pub backend: BackendKind,
+    pub accel: Accel,
+    pub board: Board,
+    /// Why these.
+    pub notes: Vec<String>,
+    /// Files to make, in order.
+    pub steps: Vec<Step>,
+    pub warden: WardenPlan,
+    /// Control calls once the hypervisor answers.
+    pub calls: Vec<Value>,
+}
+
+/// A host object to make before the start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "make", rename_all = "snake_case")]
+pub enum Step {
+    Folder { path: PathBuf },
+    /// A qcow2 layer; kept if it is there.
+    Layer { path: PathBuf, bytes: u64, above: Option<PathBuf>, owner: u32 },
+    /// A copy; kept if it is there.
+    Copy { from: PathBuf, path: PathBuf, owner: u32 },
+    /// The ELF file out of a bzImage, in the cache.
+    UnpackedKernel { from: PathBuf, path: PathBuf },
+    /// An initial RAM disk with files for the guest behind it.
+    Initrd { from: PathBuf, path: PathBuf, files: usize },
+    /// A disk that is an archive of files for the guest.
+    FilesDisk { path: PathBuf, files: usize },
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Folder { path } => write!(f, "folder {}", path.display()),
+            Step::Layer { path, bytes, above: Some(above), .. } => {
+                write!(f, "layer {} of {bytes} bytes above {}", path.display(), above.display())
+            }
+            Step::Layer { path, bytes, above: None, .. } => {
+                write!(f, "disk {} of {bytes} bytes", path.display())
+            }
+            Step::Copy { from, path, .. } => {
+                write!(f, "copy {} of {}", path.display(), from.display())
+            }
+            Step::UnpackedKernel { from, path } => {
+                write!(f, "unpacked kernel {} from {}", path.display(), from.display())
+            }
+            Step::Initrd { from, path, files } => {
+                write!(f, "initrd {} from {} with {files} files", path.display(), from.display())
+            }
+            Step::FilesDisk { path, files } => {
+                write!(f, "disk {} with {files} files", path.display())
+            }
+        }
+    }
+}
+
+/// What the warden opens, binds and starts. Given to it as JSON on its standard input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WardenPlan {
+    pub id: String,
+    pub name: String,
+    pub run: PathBuf,
+    pub console_log: PathBuf,
+    pub console_fd: i32,
+    pub files: Vec<OpenFile>,
+    pub sockets: Vec<Listen>,
+    pub taps: Vec<Tap>,
+    pub ports: Vec<Forward>,
+    /// `console:REGEX`, `port:N` or `dhcp`.
+    pub ready: Option<String>,
+    pub cgroup: Cgroup,
+    pub jail: JailPlan,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFile {
+    pub fd: i32,
+    pub path: PathBuf,
+    pub writable: bool,
+}
+
+/// A Unix socket to listen on; the hypervisor accepts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listen {
+    pub fd: i32,
+    pub path: PathBuf,
+}
+
+/// A tap interface in a network's namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tap {
+    pub fd: i32,
+    pub interface: String,
+    /// The network's folder, with the socket of its keeper.
+    pub network: PathBuf,
+    pub mac: Mac,
+    pub address: Ipv4Addr,
+    /// The name under which neighbours find the machine.
+    pub hostname: String,
+}
+
+/// A host port that leads to a guest's port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    pub ip: IpAddr,
+    pub host: u16,
+    pub guest: u16,
+    pub protocol: Protocol,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    pub name: String,
+    pub hierarchy: lodge_jail::cgroup::Hierarchy,
+    pub limits: Limits,
+}
+
+/// Something asked for that a backend cannot do here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsupported {
+    /// The field, empty for the backend as a whole.
+    pub path: String,
+    pub backend: BackendKind,
+    pub why: String,
+}
+
+impl Unsupported {
+    pub fn new(path: &str, backend: BackendKind, why: impl Into<String>) -> Self {
+        Self { path: path.into(), backend, why: why.into() }
+    }
+
+    pub fn need(need: &Need, backend: BackendKind, board: Board) -> Self {
+        let why = format!("{} is not possible on the {board} board", need.feature.describe());
+        Self::new(&need.path, backend, why)
+    }
+}
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Unsupported { path, backend, why } = self;
+        match path.as_str() {
+            "" => write!(f, "{backend}: {why}"),
+            path => write!(f, "{path}: {backend}: {why}"),
+        }
+    }
+}
+
+/// What was found on the host for a machine: real paths in place of names. Made by `survey`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    pub boot: BootFiles,
+    /// One for each of the machine's disks, in order.
+    pub disks: Vec<DiskFiles>,
+    /// One for each of the machine's interfaces, in order.
+    pub nics: Vec<NicPlace>,
+    /// The disk that carries files into the guest.
+    pub files_disk: Option<PathBuf>,
+    pub steps: Vec<Step>,
+    pub run: PathBuf,
+    pub state: PathBuf,
+    pub uid: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BootFiles {
+    Kernel {
+        kernel: PathBuf,
+        initrd: Option<PathBuf>,
+        cmdline: String,
+        /// The kernel has a PVH entry, so a board without firmware can start it.
+        pvh: bool,
+        /// The guest is known to find virtio devices without PCI.
+        virtio_mmio: bool,
+    },
+    Firmware,
+}
+
+/// The layers of a disk, the uppermost first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFiles {
+    pub layers: Vec<Layer>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    pub path: PathBuf,
+    pub format: DiskFormat,
+    pub block_device: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+}
+
+impl DiskFormat {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NicPlace {
+    pub network: PathBuf,
+    pub interface: String,
+    pub address: Ipv4Addr,
+}

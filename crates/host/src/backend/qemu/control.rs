@@ -1,0 +1,263 @@
+//! Driving a running QEMU: verbs, hotplug, and what its events mean. Events carry the state; the
+//! answers to verbs only say that they were taken.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use lodge_machine::Seen;
+use lodge_machine::host::Command;
+use lodge_spec::machine::{Accel, Board, Disk, DiskBus, Nic};
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+
+use super::QemuFacts;
+use super::plan::{block_nodes, disk_device, nic_device};
+use super::qmp::{Qmp, QmpError, QmpEvent};
+use crate::backend::DiskFiles;
+
+/// A guest has this long to let go of a device.
+const UNPLUG_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A running QEMU.
+#[derive(Clone)]
+pub struct Control {
+    qmp: Arc<Qmp>,
+    events: broadcast::Sender<QmpEvent>,
+}
+
+/// What an event means for the machine's life; most mean nothing.
+pub fn meaning(event: &QmpEvent) -> Option<Seen> {
+    match event.name.as_str() {
+        "STOP" => Some(Seen::Paused),
+        "RESUME" => Some(Seen::Resumed),
+        "RESET" => Some(Seen::GuestReset),
+        "GUEST_PANICKED" => Some(Seen::Panicked("the guest reported a panic".into())),
+        _ => None,
+    }
+}
+
+impl Control {
+    pub fn new(qmp: Arc<Qmp>) -> Self {
+        Self { qmp, events: broadcast::channel(64).0 }
+    }
+
+    /// Passes an event on to those who wait for one.
+    pub fn saw(&self, event: &QmpEvent) {
+        let _ = self.events.send(event.clone());
+    }
+
+    pub async fn is_paused(&self) -> Result<bool, QmpError> {
+        let status = self.qmp.ask("query-status", Value::Null).await?;
+        Ok(status["running"] == json!(false))
+    }
+
+    pub async fn command(&self, command: Command) -> Result<(), QmpError> {
+        let name = match command {
+            Command::Powerdown => "system_powerdown",
+            Command::Quit => "quit",
+            Command::Pause => "stop",
+            Command::Resume => "cont",
+            Command::Reset => "system_reset",
+        };
+        self.qmp.ask(name, Value::Null).await.map(drop)
+    }
+
+    /// Brings the number of CPUs to `count`.
+    pub async fn set_cpus(
+        &self,
+        count: u32,
+        accel: Accel,
+        facts: &QemuFacts,
+    ) -> Result<(), String> {
+        let text = |e: QmpError| e.to_string();
+        let slots = self.qmp.ask("query-hotpluggable-cpus", Value::Null).await.map_err(text)?;
+        let mut slots = slots.as_array().cloned().unwrap_or_default();
+        // QEMU lists the highest first.
+        slots.reverse();
+        let plugged = slots.iter().filter(|s| s.get("qom-path").is_some()).count();
+        let wanted = count as usize;
+        if wanted < plugged && accel == Accel::Tcg && !facts.can_unplug_cpus_under_tcg() {
+            return Err(format!(
+                "QEMU {} crashes when a CPU is removed under TCG; 8.0 or newer is needed, or stop \
+                 the machine first",
+                facts.version_text()
+            ));
+        }
+        let free = slots.iter().filter(|s| s.get("qom-path").is_none());
+        for slot in free.take(wanted.saturating_sub(plugged)) {
+            let mut device = slot["props"].clone();
+            device["driver"] = slot["type"].clone();
+            device["id"] = json!(format!("cpu-{}", cpu_key(&slot["props"])));
+            self.qmp.ask("device_add", device).await.map_err(text)?;
+        }
+        let taken = slots.iter().rev().filter(|s| s.get("qom-path").is_some());
+        for slot in taken.take(plugged.saturating_sub(wanted)) {
+            self.unplug(&format!("cpu-{}", cpu_key(&slot["props"]))).await?;
+        }
+        Ok(())
+    }
+
+    /// Plugs in `bytes` more memory, as module number `nth`.
+    pub async fn add_memory(&self, bytes: u64, nth: usize) -> Result<(), String> {
+        let (memory, module) = (format!("mem-{nth}"), format!("dimm-{nth}"));
+        let object = json!({"qom-type": "memory-backend-ram", "id": memory, "size": bytes});
+        self.qmp.ask("object-add", object).await.map_err(|e| e.to_string())?;
+        let device = json!({"driver": "pc-dimm", "id": module, "memdev": memory});
+        if let Err(error) = self.qmp.ask("device_add", device).await {
+            let _ = self.qmp.ask("object-del", json!({"id": memory})).await;
+            return Err(error.to_string());
+        }
+        Ok(())
+    }
+
+    /// Bytes of memory plugged in since the start.
+    pub async fn plugged_memory(&self) -> Result<u64, String> {
+        let summary = self.qmp.ask("query-memory-size-summary", Value::Null).await;
+        let summary = summary.map_err(|e| e.to_string())?;
+        Ok(summary["plugged-memory"].as_u64().unwrap_or(0))
+    }
+
+    pub async fn memory_modules(&self) -> Result<usize, String> {
+        let list = self.qmp.ask("query-memory-devices", Value::Null).await;
+        Ok(list.map_err(|e| e.to_string())?.as_array().map_or(0, Vec::len))
+    }
+
+    /// Plugs in a disk; `open` gives the descriptor of a layer.
+    pub async fn add_disk(
+        &self,
+        disk: &Disk,
+        files: &DiskFiles,
+        board: Board,
+        open: impl Fn(usize, bool) -> std::io::Result<OwnedFd>,
+    ) -> Result<(), String> {
+        if disk.bus != DiskBus::Virtio {
+            return Err(format!("{}: only virtio disks can be plugged in", disk.name));
+        }
+        let bus = self.free_port(board).await?;
+        let mut sets = Vec::new();
+        for (depth, _) in files.layers.iter().enumerate() {
+            let fd = open(depth, depth == 0 && !disk.read_only).map_err(|e| e.to_string())?;
+            let added = self.qmp.ask_with_fd("add-fd", json!({}), fd.as_fd()).await;
+            sets.push(added.map_err(|e| e.to_string())?["fdset-id"].clone());
+        }
+        let mut depths = (0..files.layers.len()).rev();
+        let nodes = block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |_, _| {
+            let depth = depths.next().expect("one call for each layer");
+            format!("/dev/fdset/{}", sets[depth])
+        });
+        let mut added: Vec<Value> = Vec::new();
+        let mut result = Ok(());
+        for node in nodes {
+            result = self.qmp.ask("blockdev-add", node.clone()).await.map(drop);
+            if result.is_err() {
+                break;
+            }
+            added.push(node["node-name"].clone());
+        }
+        if result.is_ok() {
+            let device = to_object(&disk_device(disk, "virtio-blk-pci"), &bus);
+            result = self.qmp.ask("device_add", device).await.map(drop);
+        }
+        if result.is_err() {
+            for node in added.iter().rev() {
+                let _ = self.qmp.ask("blockdev-del", json!({"node-name": node})).await;
+            }
+        }
+        result.map_err(|e| e.to_string())
+    }
+
+    pub async fn remove_disk(&self, name: &str, layers: usize) -> Result<(), String> {
+        self.unplug(&format!("disk-{name}")).await?;
+        for depth in 0..layers {
+            let node = if depth == 0 { format!("d-{name}") } else { format!("d-{name}-{depth}") };
+            for node in [node, format!("f-{name}-{depth}")] {
+                let deleted = self.qmp.ask("blockdev-del", json!({"node-name": node})).await;
+                deleted.map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    pub async fn add_nic(&self, nic: &Nic, board: Board, tap: OwnedFd) -> Result<(), String> {
+        let text = |e: QmpError| e.to_string();
+        let bus = self.free_port(board).await?;
+        let (id, handle) = (format!("n-{}", nic.name), format!("tap-{}", nic.name));
+        let named = json!({"fdname": handle});
+        self.qmp.ask_with_fd("getfd", named, tap.as_fd()).await.map_err(text)?;
+        let netdev = json!({"type": "tap", "id": id, "fd": handle});
+        self.qmp.ask("netdev_add", netdev).await.map_err(text)?;
+        let device = to_object(&nic_device(nic, "virtio-net-pci"), &bus);
+        if let Err(error) = self.qmp.ask("device_add", device).await {
+            let _ = self.qmp.ask("netdev_del", json!({"id": id})).await;
+            return Err(error.to_string());
+        }
+        Ok(())
+    }
+
+    pub async fn remove_nic(&self, name: &str) -> Result<(), String> {
+        self.unplug(&format!("nic-{name}")).await?;
+        let id = format!("n-{name}");
+        self.qmp.ask("netdev_del", json!({"id": id})).await.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// Asks the guest to let go and waits until it has. QEMU says so twice for virtio devices,
+    /// first without the name; only the one with the name counts.
+    async fn unplug(&self, id: &str) -> Result<(), String> {
+        let mut events = self.events.subscribe();
+        let asked = self.qmp.ask("device_del", json!({"id": id})).await;
+        asked.map_err(|e| e.to_string())?;
+        let gone = async {
+            while let Ok(event) = events.recv().await {
+                let named = event.data["device"] == json!(id);
+                match event.name.as_str() {
+                    "DEVICE_DELETED" if named => return Ok(()),
+                    "DEVICE_UNPLUG_GUEST_ERROR" if named => {
+                        return Err(format!("the guest refused to let go of {id}"));
+                    }
+                    _ => {}
+                }
+            }
+            Err("QEMU is gone".to_owned())
+        };
+        let late = |_| Err(format!("the guest did not let go of {id}; is its driver loaded?"));
+        tokio::time::timeout(UNPLUG_PATIENCE, gone).await.unwrap_or_else(late)
+    }
+
+    /// A bus that takes one more device.
+    async fn free_port(&self, board: Board) -> Result<String, String> {
+        match board {
+            Board::Pc => return Ok("pci.0".into()),
+            Board::Microvm => {
+                return Err("the microvm board takes no devices while it runs; stop the machine, \
+                            or give it `board: q35`"
+                    .into());
+            }
+            Board::Q35 => {}
+        }
+        let buses = self.qmp.ask("query-pci", Value::Null).await.map_err(|e| e.to_string())?;
+        let devices = buses[0]["devices"].as_array().cloned().unwrap_or_default();
+        let free = devices.iter().find(|d| {
+            let is_port = d["qdev_id"].as_str().is_some_and(|id| id.starts_with("port"));
+            let behind = d["pci_bridge"]["devices"].as_array();
+            is_port && behind.is_none_or(Vec::is_empty)
+        });
+        let port = free.and_then(|d| d["qdev_id"].as_str());
+        port.map(str::to_owned).ok_or_else(|| "no socket for one more device is free".into())
+    }
+}
+
+fn cpu_key(props: &Value) -> String {
+    let part = |name: &str| props[name].as_u64().unwrap_or(0);
+    format!("{}-{}-{}", part("socket-id"), part("core-id"), part("thread-id"))
+}
+
+/// `model,key=value,…` as the arguments of `device_add`.
+fn to_object(device: &str, bus: &str) -> Value {
+    let mut parts = device.split(',');
+    let mut object = json!({"driver": parts.next(), "bus": bus});
+    for (key, value) in parts.filter_map(|p| p.split_once('=')) {
+        object[key] = json!(value);
+    }
+    object
+}

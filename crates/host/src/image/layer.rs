@@ -1,0 +1,151 @@
+//! Disk files of a machine: empty disks, layers above images, disks and archives that carry files
+//! into the guest.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
+
+use lodge_formats::{cpio, qcow2, sniff};
+use lodge_spec::machine::{FileContent, Machine};
+
+use crate::backend::{DiskFormat, Layer};
+
+/// What a file is as a disk. Errors are whole sentences.
+pub fn look(path: &Path) -> Result<(Layer, u64), String> {
+    let error = |e: io::Error| format!("{}: {e}", path.display());
+    let meta = fs::metadata(path).map_err(error)?;
+    use std::os::unix::fs::FileTypeExt;
+    let block_device = meta.file_type().is_block_device();
+    if meta.is_dir() {
+        return Err(format!("{} is a folder, not a disk", path.display()));
+    }
+    if !meta.is_file() && !block_device {
+        return Err(format!("{} is neither a file nor a block device", path.display()));
+    }
+    if meta.is_file() && meta.len() == 0 {
+        return Err(format!("{} is empty", path.display()));
+    }
+    let mut file = File::open(path).map_err(error)?;
+    let mut start = vec![0; sniff::LOOK];
+    let mut filled = 0;
+    while filled < start.len() {
+        match file.read(&mut start[filled..]).map_err(error)? {
+            0 => break,
+            n => filled += n,
+        }
+    }
+    if sniff::kind(&start[..filled]) != sniff::Kind::Qcow2 {
+        let bytes = file.seek(SeekFrom::End(0)).map_err(error)?;
+        return Ok((Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device }, bytes));
+    }
+    let header = qcow2::read(&mut file).map_err(|e| format!("{}: {e}", path.display()))?;
+    let refuse = |what: &str| Err(format!("{}: {what}", path.display()));
+    if let Some(backing) = header.backing_file {
+        return refuse(&format!(
+            "it is a layer above {backing:?}, and what lies below is never followed; flatten it \
+             with `qemu-img convert -O qcow2`"
+        ));
+    }
+    if header.encrypted || header.external_data {
+        return refuse("encrypted images and images with external data are not supported");
+    }
+    let layer = Layer { path: path.to_owned(), format: DiskFormat::Qcow2, block_device };
+    Ok((layer, header.virtual_size))
+}
+
+/// Makes an empty qcow2 file, unless it is there.
+pub fn make(path: &Path, bytes: u64, above: Option<&Path>, owner: u32) -> io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let part = path.with_extension("part");
+    let backing = above.map(|p| p.to_string_lossy().into_owned());
+    let mut file = File::create(&part)?;
+    qcow2::write_empty(&mut file, bytes, backing.as_deref().map(|p| (p, "raw")))?;
+    give(&part, owner)?;
+    fs::rename(part, path)
+}
+
+/// Makes a copy, unless it is there.
+pub fn copy(from: &Path, path: &Path, owner: u32) -> io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let part = path.with_extension("part");
+    fs::copy(from, &part)?;
+    give(&part, owner)?;
+    fs::rename(part, path)
+}
+
+/// Root's machines run as users of their own, who own their files.
+fn give(path: &Path, owner: u32) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    if fs::metadata(path)?.uid() != owner && rustix::process::geteuid().is_root() {
+        chown(path, Some(owner), Some(owner))?;
+    }
+    Ok(())
+}
+
+/// The files that a machine puts into its guest: path, mode, content. `with_identity`: also its
+/// host name, for guests that take it from a file.
+pub fn guest_files(
+    machine: &Machine,
+    with_identity: bool,
+) -> Result<Vec<(String, u32, Vec<u8>)>, String> {
+    let mut list = Vec::new();
+    for file in &machine.files {
+        let content = match &file.content {
+            FileContent::Text(text) => text.clone().into_bytes(),
+            FileContent::Source(path) => {
+                fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?
+            }
+        };
+        list.push((file.path.clone(), file.mode, content));
+    }
+    let own = |path: &str| machine.files.iter().any(|f| f.path == path);
+    let keys = "/root/.ssh/authorized_keys";
+    if !machine.ssh_keys.is_empty() && !own(keys) {
+        let lines: String = machine.ssh_keys.iter().map(|k| format!("{}\n", k.trim())).collect();
+        list.push((keys.to_owned(), 0o600, lines.into_bytes()));
+    }
+    if with_identity && !own("/etc/hostname") {
+        let line = format!("{}\n", machine.hostname);
+        list.push(("/etc/hostname".to_owned(), 0o644, line.into_bytes()));
+    }
+    Ok(list)
+}
+
+/// How many files `guest_files` gives, without reading any.
+pub fn guest_file_count(machine: &Machine, with_identity: bool) -> usize {
+    let own = |path: &str| machine.files.iter().any(|f| f.path == path);
+    let keys = !machine.ssh_keys.is_empty() && !own("/root/.ssh/authorized_keys");
+    let identity = with_identity && !own("/etc/hostname");
+    machine.files.len() + usize::from(keys) + usize::from(identity)
+}
+
+/// A disk whose content is a tar archive.
+pub fn write_files_disk(path: &Path, files: &[(String, u32, Vec<u8>)]) -> io::Result<()> {
+    let mut tar = tar::Builder::new(BufWriter::new(File::create(path)?));
+    for (name, mode, content) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(*mode);
+        header.set_entry_type(tar::EntryType::Regular);
+        tar.append_data(&mut header, name.trim_start_matches('/'), content.as_slice())?;
+    }
+    tar.into_inner()?.flush()
+}
+
+/// An initial RAM disk with an archive of files behind it.
+pub fn write_initrd(from: &Path, path: &Path, files: &[(String, u32, Vec<u8>)]) -> io::Result<()> {
+    let mut out = File::create(path)?;
+    let length = io::copy(&mut File::open(from)?, &mut out)?;
+    out.write_all(&[0; 3][..((4 - length % 4) % 4) as usize])?;
+    let mut archive = cpio::Writer::new(BufWriter::new(out));
+    for (name, mode, content) in files {
+        archive.file(name, *mode, content)?;
+    }
+    archive.finish()?.flush()
+}

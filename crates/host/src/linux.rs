@@ -1,0 +1,185 @@
+//! Linux as the machine room sees it: carries out launches, speaks to wardens and hypervisors, and
+//! reports what they do. The one place where the host's parts meet.
+
+mod launch;
+mod live;
+pub mod objects;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lodge_machine::Store;
+use lodge_machine::host::{Command, Found, Host, Running, Sink};
+use lodge_spec::machine::Machine;
+use lodge_spec::names::MachineId;
+use lodge_spec::problem::Problems;
+use lodge_spec::request::{Change, Refusal};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+use crate::backend::qemu::plan::{firmware_steps, plan};
+use crate::backend::{Launch, Survey, Unsupported};
+use crate::facts::Facts;
+use crate::image::store::Images;
+use crate::paths::Paths;
+use crate::survey::Surveyor;
+use crate::warden::message::{self, Ask};
+
+use live::Live;
+
+/// QEMU has this long to flush and end before it is killed.
+const QUIT_PATIENCE: Duration = Duration::from_secs(3);
+
+pub struct Linux {
+    pub paths: Paths,
+    pub images: Images,
+    store: Store,
+    facts: OnceCell<Facts>,
+    live: Mutex<HashMap<MachineId, Live>>,
+}
+
+impl Linux {
+    pub fn new(paths: Paths, store: Store) -> Self {
+        let images = Images::new(paths.clone(), store.clone());
+        Self { paths, images, store, facts: OnceCell::new(), live: Mutex::default() }
+    }
+
+    pub async fn facts(&self) -> &Facts {
+        self.facts.get_or_init(|| Facts::gather(&self.paths)).await
+    }
+
+    async fn survey(&self, machine: &Machine) -> Result<Survey, Problems> {
+        let surveyor =
+            Surveyor { paths: &self.paths, images: &self.images, store: &self.store };
+        surveyor.survey(machine).await
+    }
+
+    /// How the machine would be started. Kernels never seen before are unpacked first, because
+    /// the choice of the board depends on what is in them.
+    pub async fn plan(&self, machine: &Machine) -> Result<Result<Launch, Vec<Unsupported>>, Problems> {
+        let mut survey = self.survey(machine).await?;
+        if launch::unpack_kernels(&survey.steps, &self.paths).await {
+            survey = self.survey(machine).await?;
+        }
+        let facts = self.facts().await;
+        if let Ok(qemu) = &facts.qemu {
+            survey.steps.extend(firmware_steps(machine, &survey, qemu));
+        }
+        Ok(plan(machine, &survey, facts))
+    }
+
+    fn live(&self, id: MachineId) -> Result<Live, String> {
+        let live = self.live.lock().expect("not poisoned").get(&id).cloned();
+        live.ok_or_else(|| "the hypervisor is not running".to_owned())
+    }
+
+    /// What is known about a running machine: how it was started and what confines it.
+    pub fn describe(&self, id: MachineId) -> Value {
+        let Ok(live) = self.live(id) else { return Value::Null };
+        let in_force = lodge_jail::in_force::read(live.pid);
+        json!({
+            "pid": live.pid,
+            "board": live.launch.board,
+            "notes": live.launch.notes,
+            "argv": live.launch.warden.jail.argv,
+            "confinement": in_force.map_err(|e| e.to_string()).ok(),
+            "limits": live.launch.warden.cgroup,
+        })
+    }
+
+    /// The console's socket and log.
+    pub fn console(&self, id: MachineId) -> (String, String) {
+        let socket = message::console_socket(&self.paths.running(id));
+        let log = self.paths.console_log(id);
+        (socket.display().to_string(), log.display().to_string())
+    }
+
+    /// A refusal that names every backend and what it lacks.
+    pub fn unsupported(list: &[Unsupported]) -> Refusal {
+        let lines: Vec<String> = list.iter().map(Unsupported::to_string).collect();
+        Refusal::Unsupported { message: lines.join("\n") }
+    }
+}
+
+impl Host for Linux {
+    async fn check(&self, machine: &Machine) -> Result<(), Problems> {
+        self.survey(machine).await.map(drop)
+    }
+
+    async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
+        let launch = match self.plan(&machine).await {
+            Ok(Ok(launch)) => launch,
+            Ok(Err(list)) => return Err(Self::unsupported(&list).to_string()),
+            Err(problems) => return Err(problems.to_string()),
+        };
+        live::mark(&sink, "planned", &launch.notes.join("; "));
+        launch::carry_out(&machine, &launch, &self.paths, &sink).await?;
+        let running = running(&launch);
+        let id = machine.id;
+        let live = live::connect(launch, sink).await?;
+        self.live.lock().expect("not poisoned").insert(id, live);
+        Ok(running)
+    }
+
+    async fn adopt(&self, machine: Arc<Machine>, sink: Sink) -> Found {
+        let run = self.paths.running(machine.id);
+        match live::adopt(&run, sink).await {
+            Ok((live, found)) => {
+                self.live.lock().expect("not poisoned").insert(machine.id, live);
+                found
+            }
+            Err(how) => Found::Ended(how),
+        }
+    }
+
+    async fn command(&self, id: MachineId, command: Command) -> Result<(), String> {
+        let live = self.live(id)?;
+        if command != Command::Quit {
+            return live.control.command(command).await.map_err(|e| e.to_string());
+        }
+        let quit = tokio::time::timeout(QUIT_PATIENCE, live.control.command(command)).await;
+        if !matches!(quit, Ok(Ok(()))) {
+            // It does not listen; the warden can end it without being heard.
+            live.ask(Ask::Kill).await?;
+        }
+        let (warden, patience) = (live.clone(), QUIT_PATIENCE);
+        tokio::spawn(async move {
+            tokio::time::sleep(patience).await;
+            // Fails when it has ended as it was told, which is what was wanted.
+            let _ = warden.ask(Ask::Kill).await;
+        });
+        Ok(())
+    }
+
+    async fn change(&self, machine: Arc<Machine>, change: Change) -> Result<(), String> {
+        let live = self.live(machine.id)?;
+        let survey = self.survey(&machine).await.map_err(|p| p.to_string())?;
+        launch::make(&machine, &survey.steps).await?;
+        let facts = self.facts().await;
+        let qemu = facts.qemu.as_ref().map_err(Clone::clone)?;
+        live.change(&machine, &survey, change, qemu).await
+    }
+
+    async fn release(&self, machine: Arc<Machine>) {
+        self.live.lock().expect("not poisoned").remove(&machine.id);
+        let run = self.paths.running(machine.id);
+        // Gone already, or a leftover that `gc` will name.
+        let _ = tokio::fs::remove_dir_all(run).await;
+        let facts = self.facts().await;
+        let _ = lodge_jail::cgroup::remove(&facts.cgroups, &machine.id.to_string());
+    }
+
+    async fn forget(&self, id: MachineId) {
+        let _ = tokio::fs::remove_dir_all(self.paths.machine(id)).await;
+    }
+}
+
+fn running(launch: &Launch) -> Running {
+    Running {
+        backend: launch.backend,
+        accel: launch.accel,
+        address: launch.warden.taps.first().map(|t| t.address.to_string()),
+        notes: launch.notes.clone(),
+    }
+}

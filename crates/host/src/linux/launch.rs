@@ -1,0 +1,108 @@
+//! Carrying out a launch: makes the files that the plan lists, brings networks up, starts the
+//! warden. What a launch makes lies in the machine's folders, where `release` finds it.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use lodge_machine::host::Sink;
+use lodge_spec::machine::Machine;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+use super::live::mark;
+use crate::backend::{Launch, Step};
+use crate::image::{kernel, layer};
+use crate::net::uplink;
+use crate::paths::{self, Paths};
+use crate::proc::Tool;
+use crate::warden::message::Started;
+
+/// Where a launch is written down, for the daemon that comes after this one.
+pub(super) fn launch_file(run: &Path) -> PathBuf {
+    run.join("launch.json")
+}
+
+/// Unpacks the kernels that the steps name. True: there was one.
+pub(super) async fn unpack_kernels(steps: &[Step], paths: &Paths) -> bool {
+    let mut any = false;
+    for step in steps {
+        if let Step::UnpackedKernel { from, .. } = step {
+            let (from, cache) = (from.clone(), paths.cache());
+            // A kernel that cannot be unpacked boots as it is, on a board with firmware.
+            let _ = tokio::task::spawn_blocking(move || kernel::unpack(&from, &cache)).await;
+            any = true;
+        }
+    }
+    any
+}
+
+pub(super) async fn carry_out(
+    machine: &Machine,
+    launch: &Launch,
+    paths: &Paths,
+    sink: &Sink,
+) -> Result<(), String> {
+    make(machine, &launch.steps).await?;
+    let run = &launch.warden.run;
+    let text = serde_json::to_vec(&(paths::boot_id(), launch)).map_err(|e| e.to_string())?;
+    std::fs::write(launch_file(run), text).map_err(|e| format!("{}: {e}", run.display()))?;
+    for nic in &machine.nics {
+        uplink::ensure(&paths.network(nic.network.as_str()), &nic.network).await?;
+    }
+    mark(sink, "prepared", "");
+    let pid = start_warden(launch).await?;
+    mark(sink, "entered", &format!("process {pid} in its jail"));
+    Ok(())
+}
+
+/// Makes files. Those that are there are kept, so a step may be repeated.
+pub(super) async fn make(machine: &Machine, steps: &[Step]) -> Result<(), String> {
+    let (machine, steps) = (machine.clone(), steps.to_vec());
+    let work = move || steps.iter().try_for_each(|step| make_one(&machine, step));
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?
+}
+
+fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
+    let at = |path: &Path| {
+        let path = path.display().to_string();
+        move |e: std::io::Error| format!("{path}: {e}")
+    };
+    match step {
+        Step::Folder { path } => paths::make_dir(path).map_err(at(path)),
+        Step::Layer { path, bytes, above, owner } => {
+            layer::make(path, *bytes, above.as_deref(), *owner).map_err(at(path))
+        }
+        Step::Copy { from, path, owner } => layer::copy(from, path, *owner).map_err(at(path)),
+        // Done before the plan, which depends on it.
+        Step::UnpackedKernel { .. } => Ok(()),
+        Step::Initrd { from, path, .. } => {
+            let files = layer::guest_files(machine, false)?;
+            layer::write_initrd(from, path, &files).map_err(at(path))
+        }
+        Step::FilesDisk { path, .. } => {
+            let files = layer::guest_files(machine, true)?;
+            layer::write_files_disk(path, &files).map_err(at(path))
+        }
+    }
+}
+
+async fn start_warden(launch: &Launch) -> Result<u32, String> {
+    let text = |e: std::io::Error| format!("the machine's warden: {e}");
+    let own = std::env::current_exe().map_err(text)?;
+    let mut command = Tool::new(own).arg("warden").command();
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(text)?;
+    let plan = serde_json::to_vec(&launch.warden).map_err(|e| e.to_string())?;
+    let mut stdin = child.stdin.take().expect("piped");
+    stdin.write_all(&plan).await.map_err(text)?;
+    drop(stdin);
+    let mut line = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    stdout.read_line(&mut line).await.map_err(text)?;
+    // Reaps it whenever it ends; its end is not ours to wait for.
+    tokio::spawn(async move { child.wait().await });
+    match serde_json::from_str(&line) {
+        Ok(Started::Ok { pid }) => Ok(pid),
+        Ok(Started::Error { error }) => Err(error),
+        Err(_) => Err("the machine's warden ended without a word".into()),
+    }
+}

@@ -1,0 +1,324 @@
+//! The daemon's side of a running machine: connections to its warden and its hypervisor, and the
+//! reports that come over them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lodge_machine::Seen;
+use lodge_machine::host::{Found, Mark, Report, Sink};
+use lodge_spec::machine::Machine;
+use lodge_spec::request::Change;
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, mpsc};
+
+use super::launch::launch_file;
+use crate::backend::qemu::QemuFacts;
+use crate::backend::qemu::control::{Control, meaning};
+use crate::backend::qemu::qmp::{Qmp, QmpEvent};
+use crate::backend::{FIRST_FD, Launch, Survey, Tap};
+use crate::fdpass::{self, Lines};
+use crate::paths::boot_id;
+use crate::warden::message::{self, Ask, Exit, Status, Tell};
+
+/// After QEMU is gone its warden says how within this.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+#[derive(Clone)]
+pub(super) struct Live {
+    pub(super) control: Control,
+    pub(super) launch: Arc<Launch>,
+    pub(super) pid: u32,
+    asks: mpsc::UnboundedSender<Ask>,
+    /// Questions that want a descriptor go over a connection of their own, one at a time.
+    taps: Arc<Mutex<()>>,
+}
+
+pub(super) fn mark(sink: &Sink, kind: &str, detail: &str) {
+    let at_us = Some(lodge_machine::store::now_us());
+    let mark = Mark { kind: kind.to_owned(), detail: detail.to_owned(), at_us };
+    let _ = sink.send(Report::Mark(mark));
+}
+
+/// A conversation with a warden.
+struct Warden {
+    stream: UnixStream,
+    lines: Lines,
+    status: Status,
+}
+
+impl Warden {
+    async fn connect(run: &Path) -> Result<Self, String> {
+        let text = |e: std::io::Error| format!("the machine's warden: {e}");
+        let stream = UnixStream::connect(message::socket(run)).await.map_err(text)?;
+        let mut lines = Lines::default();
+        match lines.next::<Tell>(&stream).await.map_err(text)? {
+            Some((Tell::Status(status), _)) => Ok(Self { stream, lines, status }),
+            Some(_) | None => Err("the machine's warden ended at once".into()),
+        }
+    }
+
+    async fn next(&mut self) -> Option<Tell> {
+        self.lines.next(&self.stream).await.ok().flatten().map(|(tell, _)| tell)
+    }
+}
+
+/// Connects to what a launch has just started.
+pub(super) async fn connect(launch: Launch, sink: Sink) -> Result<Live, String> {
+    let run = launch.warden.run.clone();
+    let mut warden = match Warden::connect(&run).await {
+        Ok(warden) => warden,
+        Err(error) => return Err(kept_exit(&run).map_or(error, |e| outcome_text(&e))),
+    };
+    let mut early = Vec::new();
+    let socket = qmp_socket(&run);
+    let connecting = Qmp::connect(&socket);
+    tokio::pin!(connecting);
+    let connected = loop {
+        tokio::select! {
+            connected = &mut connecting => break connected.map_err(|e| e.to_string()),
+            tell = warden.next() => match tell {
+                Some(Tell::Exited(exit)) => return Err(outcome_text(&exit)),
+                Some(tell) => early.push(tell),
+                None => return Err(kept_exit(&run).map_or("the machine's warden is gone".into(), |e| outcome_text(&e))),
+            },
+        }
+    };
+    let (qmp, events) = match connected {
+        Ok(connected) => connected,
+        Err(error) => return Err(last_words(&mut warden).await.unwrap_or(error)),
+    };
+    mark(&sink, "answers", "the hypervisor's control socket answers");
+    for tell in early {
+        report(&sink, tell);
+    }
+    Ok(go_on(launch, warden, qmp, events, sink))
+}
+
+/// Why a hypervisor ended before it answered.
+async fn last_words(warden: &mut Warden) -> Option<String> {
+    let hear = async {
+        while let Some(tell) = warden.next().await {
+            if let Tell::Exited(exit) = tell {
+                return Some(outcome_text(&exit));
+            }
+        }
+        None
+    };
+    tokio::time::timeout(LAST_WORDS, hear).await.ok().flatten()
+}
+
+fn outcome_text(exit: &Exit) -> String {
+    match exit.outcome() {
+        Err(how) => how,
+        Ok(()) => "the hypervisor ended at once, with success".to_owned(),
+    }
+}
+
+fn kept_exit(run: &Path) -> Option<Exit> {
+    serde_json::from_slice(&std::fs::read(message::exit_file(run)).ok()?).ok()
+}
+
+/// Connects to what an earlier daemon started. The error says how it ended.
+pub(super) async fn adopt(run: &Path, sink: Sink) -> Result<(Live, Found), Result<(), String>> {
+    let gone = |why: &str| Err(Err(why.to_owned()));
+    let text = std::fs::read(launch_file(run)).unwrap_or_default();
+    let Ok((boot, launch)) = serde_json::from_slice::<(String, Launch)>(&text) else {
+        return gone("the machine was not running any more; the host may have been restarted");
+    };
+    if boot != boot_id() {
+        return gone("the host was restarted");
+    }
+    let ended = |why: String| match kept_exit(run) {
+        Some(exit) => Err(exit.outcome()),
+        None => Err(Err(why)),
+    };
+    let mut warden = match Warden::connect(run).await {
+        Ok(warden) => warden,
+        Err(_) => return ended("its warden was killed, and the hypervisor with it".into()),
+    };
+    let (qmp, events) = match Qmp::connect(&qmp_socket(run)).await {
+        Ok(connected) => connected,
+        Err(error) => {
+            let why = last_words(&mut warden).await;
+            return ended(why.unwrap_or_else(|| error.to_string()));
+        }
+    };
+    let Status { ready, panic, .. } = warden.status.clone();
+    let live = go_on(launch, warden, qmp, events, sink.clone());
+    let paused = live.control.is_paused().await.unwrap_or(false);
+    if let Some(line) = panic {
+        let _ = sink.send(Report::Seen(Seen::Panicked(line)));
+    }
+    Ok((live, Found::Alive { paused, ready }))
+}
+
+fn qmp_socket(run: &Path) -> std::path::PathBuf {
+    run.join("qmp.sock")
+}
+
+fn go_on(
+    launch: Launch,
+    warden: Warden,
+    qmp: Arc<Qmp>,
+    events: mpsc::UnboundedReceiver<QmpEvent>,
+    sink: Sink,
+) -> Live {
+    let control = Control::new(qmp);
+    let (asks, asked) = mpsc::unbounded_channel();
+    let pid = warden.status.pid;
+    tokio::spawn(hear_hypervisor(events, control.clone(), sink.clone()));
+    tokio::spawn(hear_warden(warden, asked, sink));
+    Live { control, launch: Arc::new(launch), pid, asks, taps: Arc::default() }
+}
+
+async fn hear_hypervisor(
+    mut events: mpsc::UnboundedReceiver<QmpEvent>,
+    control: Control,
+    sink: Sink,
+) {
+    while let Some(event) = events.recv().await {
+        control.saw(&event);
+        if let Some(seen) = meaning(&event) {
+            let _ = sink.send(Report::Seen(seen));
+        }
+    }
+}
+
+async fn hear_warden(mut warden: Warden, mut asked: mpsc::UnboundedReceiver<Ask>, sink: Sink) {
+    if warden.status.ready {
+        report(&sink, Tell::Ready { at_us: lodge_machine::store::now_us() });
+    }
+    loop {
+        tokio::select! {
+            tell = warden.lines.next::<Tell>(&warden.stream) => match tell {
+                Ok(Some((tell, _))) => {
+                    let last = matches!(tell, Tell::Exited(_));
+                    report(&sink, tell);
+                    if last {
+                        return;
+                    }
+                }
+                Ok(None) | Err(_) => {
+                    let how = Err("its warden was killed, and the hypervisor with it".to_owned());
+                    let _ = sink.send(Report::Seen(Seen::Exited(how)));
+                    return;
+                }
+            },
+            Some(ask) = asked.recv() => {
+                // Fails only when the warden is gone, which the other branch reports.
+                let _ = fdpass::send(&warden.stream, &ask, None).await;
+            }
+        }
+    }
+}
+
+fn report(sink: &Sink, tell: Tell) {
+    let report = match tell {
+        Tell::Ready { .. } => Report::Seen(Seen::Ready),
+        Tell::Panic { line } => Report::Seen(Seen::Panicked(line)),
+        Tell::Mark { kind, detail, at_us } => {
+            Report::Mark(Mark { kind, detail, at_us: Some(at_us) })
+        }
+        Tell::Exited(exit) => {
+            for line in &exit.stderr {
+                mark(sink, "stderr", line);
+            }
+            Report::Seen(Seen::Exited(exit.outcome()))
+        }
+        Tell::Status(_) | Tell::Tap { .. } => return,
+    };
+    let _ = sink.send(report);
+}
+
+impl Live {
+    pub(super) async fn ask(&self, ask: Ask) -> Result<(), String> {
+        self.asks.send(ask).map_err(|_| "the machine's warden is gone".to_owned())
+    }
+
+    /// Applies a change to the running hypervisor; `machine` and `survey` are after the change.
+    pub(super) async fn change(
+        &self,
+        machine: &Machine,
+        survey: &Survey,
+        change: Change,
+        qemu: &QemuFacts,
+    ) -> Result<(), String> {
+        let board = self.launch.board;
+        match change {
+            Change::Cpus { count } => self.control.set_cpus(count, self.launch.accel, qemu).await,
+            Change::Memory { .. } => self.grow_memory(machine).await,
+            Change::AddDisk { .. } => {
+                let disk = machine.disks.last().ok_or("no disk")?;
+                let files = survey.disks.last().ok_or("no disk")?;
+                let open = |depth: usize, writable: bool| {
+                    let path = &files.layers[depth].path;
+                    let file = std::fs::File::options().read(true).write(writable).open(path)?;
+                    Ok(file.into())
+                };
+                self.control.add_disk(disk, files, board, open).await
+            }
+            Change::RemoveDisk { name } => {
+                let old = &self.launch.warden.jail.argv;
+                let layered = old.iter().any(|a| a.contains(&format!("\"f-{name}-1\"")));
+                self.control.remove_disk(&name, if layered { 2 } else { 1 }).await
+            }
+            Change::AddNic { .. } => {
+                let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
+                crate::net::uplink::ensure(&place.network, &nic.network).await?;
+                let tap = Tap {
+                    fd: FIRST_FD,
+                    interface: place.interface.clone(),
+                    network: place.network.clone(),
+                    mac: nic.mac,
+                    address: place.address,
+                    hostname: machine.hostname.clone(),
+                };
+                let interface = tap.interface.clone();
+                let fd = self.new_tap(tap).await?;
+                let added = self.control.add_nic(nic, board, fd).await;
+                if added.is_err() {
+                    self.ask(Ask::Untap { interface }).await?;
+                }
+                added
+            }
+            Change::RemoveNic { name } => self.control.remove_nic(&name).await,
+        }
+    }
+
+    async fn grow_memory(&self, machine: &Machine) -> Result<(), String> {
+        let argv = &self.launch.warden.jail.argv;
+        let option = argv.iter().skip_while(|a| *a != "-m").nth(1).cloned().unwrap_or_default();
+        let size = option.strip_prefix("size=").and_then(|s| s.split('M').next());
+        let at_boot: u64 = size.and_then(|s| s.parse().ok()).ok_or("the memory is unknown")?;
+        let modules = self.control.memory_modules().await?;
+        let now = at_boot + self.plugged().await?;
+        let wanted = machine.memory.size.as_mib();
+        match wanted.checked_sub(now) {
+            Some(0) => Ok(()),
+            Some(more) => self.control.add_memory(more << 20, modules).await,
+            None => Err("memory that runs cannot be taken away; stop the machine first".into()),
+        }
+    }
+
+    async fn plugged(&self) -> Result<u64, String> {
+        Ok(self.control.plugged_memory().await? >> 20)
+    }
+
+    async fn new_tap(&self, tap: Tap) -> Result<std::os::fd::OwnedFd, String> {
+        let _one = self.taps.lock().await;
+        let text = |e: std::io::Error| format!("the machine's warden: {e}");
+        let mut warden = Warden::connect(&self.launch.warden.run).await?;
+        fdpass::send(&warden.stream, &Ask::Tap { tap }, None).await.map_err(text)?;
+        loop {
+            match warden.lines.next::<Tell>(&warden.stream).await.map_err(text)? {
+                Some((Tell::Tap { error: None }, Some(fd))) => return Ok(fd),
+                Some((Tell::Tap { error }, _)) => {
+                    return Err(error.unwrap_or_else(|| "no interface came".into()));
+                }
+                Some(_) => {}
+                None => return Err("the machine's warden is gone".into()),
+            }
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Networks: a namespace each, with a bridge, the machines' taps, and a keeper that answers DHCP
+//! and DNS there. Root and rootless differ only in how the namespace meets the world.
+
+pub(crate) mod client;
+mod dhcp;
+mod dns;
+pub(crate) mod holder;
+pub mod keeper;
+pub mod plan;
+mod setup;
+pub(crate) mod tap;
+pub mod uplink;

@@ -1,0 +1,72 @@
+//! Asking a network's keeper: for a tap, which stays for as long as the connection does, and for
+//! sockets inside the network.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+
+use lodge_spec::machine::Protocol;
+use lodge_spec::names::Mac;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+
+use crate::backend::Tap;
+use crate::fdpass::{self, Lines};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub(crate) enum NetAsk {
+    Attach { interface: String, mac: Mac, address: Ipv4Addr, hostname: String },
+    Dial { address: SocketAddr, protocol: Protocol },
+    /// End if nobody is attached.
+    Leave,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "notice", rename_all = "snake_case")]
+pub(crate) enum Notice {
+    /// The tap comes with it.
+    Attached,
+    /// The socket comes with it.
+    Dialled,
+    Refused { why: String },
+    /// The guest has taken its address.
+    Leased { address: Ipv4Addr },
+}
+
+pub(crate) fn socket(network: &Path) -> PathBuf {
+    network.join("net.sock")
+}
+
+/// Attaches to a network. The interface goes when the connection does.
+pub(crate) fn attach(tap: &Tap) -> Result<(StdStream, OwnedFd), String> {
+    let text = |e: std::io::Error| format!("network {}: {e}", tap.network.display());
+    let connection = StdStream::connect(socket(&tap.network)).map_err(text)?;
+    let ask = NetAsk::Attach {
+        interface: tap.interface.clone(),
+        mac: tap.mac,
+        address: tap.address,
+        hostname: tap.hostname.clone(),
+    };
+    match fdpass::ask_blocking(&connection, &ask).map_err(text)? {
+        (Notice::Attached, Some(fd)) => Ok((connection, fd)),
+        (Notice::Refused { why }, _) => Err(why),
+        (other, _) => Err(format!("network {}: unexpected {other:?}", tap.network.display())),
+    }
+}
+
+/// A connected socket inside the network.
+pub(crate) async fn dial(
+    network: &Path,
+    address: SocketAddr,
+    protocol: Protocol,
+) -> std::io::Result<OwnedFd> {
+    let connection = UnixStream::connect(socket(network)).await?;
+    fdpass::send(&connection, &NetAsk::Dial { address, protocol }, None).await?;
+    match Lines::default().next(&connection).await? {
+        Some((Notice::Dialled, Some(fd))) => Ok(fd),
+        Some((Notice::Refused { why }, _)) => Err(std::io::Error::other(why)),
+        Some(_) | None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}

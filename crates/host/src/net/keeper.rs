@@ -1,0 +1,272 @@
+//! The network keeper (`lodge netd`): one process per network that lives in its namespace, makes
+//! taps, answers DHCP and names, and hands out sockets. Like a warden it outlives the daemon.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use lodge_spec::machine::Protocol;
+use lodge_spec::names::{Mac, NetName};
+use tokio::net::{TcpStream, UdpSocket, UnixListener, UnixStream};
+use tokio::sync::{Notify, mpsc};
+
+use super::client::{self, NetAsk, Notice};
+use super::dhcp::{self, Place};
+use super::dns::{self, Verdict};
+use super::plan::{BRIDGE, NetPlan};
+use super::{setup, tap};
+use crate::fdpass::{self, Lines};
+
+/// A network without machines ends after this.
+const IDLE: Duration = Duration::from_secs(600);
+
+struct Member {
+    place: Place,
+    notices: mpsc::UnboundedSender<Notice>,
+}
+
+struct Network {
+    plan: NetPlan,
+    members: RefCell<HashMap<Mac, Member>>,
+    /// Something has attached or left.
+    changed: Notify,
+    leave: Notify,
+}
+
+/// The program `lodge netd DIR NAME`. Says `ready` or an error on standard output.
+pub fn main(dir: &Path, name: &str) -> std::process::ExitCode {
+    let result = name.parse::<NetName>().map_err(|e| e.to_string());
+    let result = result.and_then(|name| run(dir.to_owned(), NetPlan::of(&name)));
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stdout(), "{error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(dir: PathBuf, plan: NetPlan) -> Result<(), String> {
+    let text = |e: std::io::Error| e.to_string();
+    rustix::process::setsid().map_err(|e| e.to_string())?;
+    let rootless = !rustix::process::geteuid().is_root();
+    let host_pid = rustix::process::getppid().map(|p| p.as_raw_nonzero().get() as u32);
+    // Made in the host's namespace, where its resolvers can be reached whatever they are.
+    let outside = std::net::UdpSocket::bind("0.0.0.0:0").map_err(text)?;
+    let host = std::fs::File::open("/proc/self/ns/net").map_err(text)?;
+    setup::enter_namespace(rootless).map_err(|e| e.to_string())?;
+    let own = std::fs::File::open("/proc/self/ns/net").map_err(text)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(text)?;
+    let local = tokio::task::LocalSet::new();
+    let setup = async {
+        setup::inside(&plan, host_pid.filter(|_| !rootless)).await?;
+        if !rootless {
+            enter(&host);
+            let done = setup::host_side(&plan).await;
+            enter(&own);
+            done?;
+        }
+        Ok::<_, setup::SetupError>(())
+    };
+    let done = local.block_on(&runtime, setup).map_err(|e| e.to_string());
+    let served = done.and_then(|()| local.block_on(&runtime, serve(&dir, plan.clone(), outside)));
+    if !rootless {
+        enter(&host);
+        local.block_on(&runtime, setup::forget_host_side(&plan));
+    }
+    let _ = std::fs::remove_file(client::socket(&dir));
+    served
+}
+
+fn enter(namespace: &std::fs::File) {
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+    let kind = Some(LinkNameSpaceType::Network);
+    move_into_link_name_space(namespace.as_fd(), kind).expect("both namespaces are held open");
+}
+
+async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Result<(), String> {
+    let text = |what: &'static str| move |e: std::io::Error| format!("{what}: {e}");
+    let path = client::socket(dir);
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).map_err(text("listening"))?;
+    let dhcp = UdpSocket::bind("0.0.0.0:67").await.map_err(text("DHCP"))?;
+    dhcp.set_broadcast(true).map_err(text("DHCP"))?;
+    dhcp.bind_device(Some(BRIDGE.as_bytes())).map_err(text("DHCP"))?;
+    let names = UdpSocket::bind((plan.names(), 53)).await.map_err(text("names"))?;
+    outside.set_nonblocking(true).map_err(text("names"))?;
+    let outside = UdpSocket::from_std(outside).map_err(text("names"))?;
+    let network = Rc::new(Network {
+        plan,
+        members: RefCell::default(),
+        changed: Notify::new(),
+        leave: Notify::new(),
+    });
+    tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
+    tokio::task::spawn_local(serve_names(network.clone(), names, outside));
+    let mut stdout = std::io::stdout();
+    let _ = writeln!(stdout, "ready");
+    let _ = stdout.flush();
+    loop {
+        let idle = network.members.borrow().is_empty();
+        tokio::select! {
+            accepted = listener.accept() => {
+                let (stream, _) = accepted.map_err(text("listening"))?;
+                tokio::task::spawn_local(converse(network.clone(), stream));
+            }
+            () = network.changed.notified() => {}
+            () = network.leave.notified() => return Ok(()),
+            () = tokio::time::sleep(IDLE), if idle => return Ok(()),
+        }
+    }
+}
+
+async fn converse(network: Rc<Network>, stream: UnixStream) {
+    let mut lines = Lines::default();
+    while let Ok(Some((ask, _))) = lines.next::<NetAsk>(&stream).await {
+        match ask {
+            NetAsk::Attach { interface, mac, address, hostname } => {
+                let place = Place { address, hostname };
+                return attached(network, stream, &interface, mac, place).await;
+            }
+            NetAsk::Dial { address, protocol } => {
+                let dialled = dial(address, protocol).await;
+                let notice = match &dialled {
+                    Ok(_) => Notice::Dialled,
+                    Err(e) => Notice::Refused { why: e.to_string() },
+                };
+                let fd = dialled.as_ref().ok().map(AsFd::as_fd);
+                if fdpass::send(&stream, &notice, fd).await.is_err() {
+                    return;
+                }
+            }
+            NetAsk::Leave => {
+                if network.members.borrow().is_empty() {
+                    network.leave.notify_one();
+                }
+            }
+        }
+    }
+}
+
+/// A machine's interface, for as long as its warden holds the connection.
+async fn attached(
+    network: Rc<Network>,
+    stream: UnixStream,
+    interface: &str,
+    mac: Mac,
+    place: Place,
+) {
+    let refuse = async |why: String| {
+        let _ = fdpass::send(&stream, &Notice::Refused { why }, None).await;
+    };
+    let taken = {
+        let members = network.members.borrow();
+        let same = |m: &Member| m.place.address == place.address;
+        members.contains_key(&mac) || members.values().any(same)
+    };
+    if taken {
+        return refuse(format!("{mac} or {} is already on the network", place.address)).await;
+    }
+    let fd = match tap::make(interface) {
+        Ok(fd) => fd,
+        Err(error) => return refuse(format!("interface {interface}: {error}")).await,
+    };
+    let (notices, mut heard) = mpsc::unbounded_channel();
+    network.members.borrow_mut().insert(mac, Member { place, notices });
+    network.changed.notify_one();
+    let sent = fdpass::send(&stream, &Notice::Attached, Some(fd.as_fd())).await;
+    drop(fd);
+    if sent.is_ok() {
+        let mut lines = Lines::default();
+        loop {
+            tokio::select! {
+                notice = heard.recv() => match notice {
+                    Some(notice) => if fdpass::send(&stream, &notice, None).await.is_err() { break },
+                    None => break,
+                },
+                // Nothing more is asked on this connection; its end is the interface's.
+                asked = lines.next::<NetAsk>(&stream) => if !matches!(asked, Ok(Some(_))) { break },
+            }
+        }
+    }
+    network.members.borrow_mut().remove(&mac);
+    network.changed.notify_one();
+}
+
+async fn dial(address: SocketAddr, protocol: Protocol) -> std::io::Result<OwnedFd> {
+    match protocol {
+        Protocol::Tcp => Ok(TcpStream::connect(address).await?.into_std()?.into()),
+        Protocol::Udp => {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
+            socket.connect(address).await?;
+            Ok(socket.into_std()?.into())
+        }
+    }
+}
+
+async fn serve_dhcp(network: Rc<Network>, socket: UdpSocket) {
+    let mut buffer = [0; 1500];
+    loop {
+        let Ok((count, _)) = socket.recv_from(&mut buffer).await else { continue };
+        let answer = {
+            let members = network.members.borrow();
+            let places = members.iter().map(|(mac, m)| (*mac, m.place.clone())).collect();
+            dhcp::answer(&network.plan, &places, &buffer[..count])
+        };
+        let Some(answer) = answer else { continue };
+        let _ = socket.send_to(&answer.packet, (Ipv4Addr::BROADCAST, 68)).await;
+        if let Some(member) = answer.taken.as_ref().and_then(|m| network.members.borrow().get(m).map(|m| (m.notices.clone(), m.place.address))) {
+            let (notices, address) = member;
+            let _ = notices.send(Notice::Leased { address });
+        }
+    }
+}
+
+async fn serve_names(network: Rc<Network>, inside: UdpSocket, outside: UdpSocket) {
+    let resolvers = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let resolvers = dns::upstream(&resolvers);
+    // Questions passed on: our number, their number and address. Bounded by the numbers' width.
+    let mut asked: HashMap<u16, (u16, SocketAddr)> = HashMap::new();
+    let (mut query, mut reply) = ([0; 4096], [0; 4096]);
+    let mut next = 1u16;
+    loop {
+        tokio::select! {
+            received = inside.recv_from(&mut query) => {
+                let Ok((count @ 12.., from)) = received else { continue };
+                let find = |name: &str| {
+                    let members = network.members.borrow();
+                    let found = members.values().find(|m| m.place.hostname.eq_ignore_ascii_case(name));
+                    found.map(|m| m.place.address)
+                };
+                match dns::judge(&query[..count], find) {
+                    Verdict::Answer(answer) => drop(inside.send_to(&answer, from).await),
+                    Verdict::PassOn => {
+                        next = next.wrapping_add(1);
+                        let theirs = u16::from_be_bytes([query[0], query[1]]);
+                        asked.insert(next, (theirs, from));
+                        query[..2].copy_from_slice(&next.to_be_bytes());
+                        for resolver in &resolvers {
+                            let _ = outside.send_to(&query[..count], resolver).await;
+                        }
+                    }
+                    Verdict::Ignore => {}
+                }
+            }
+            received = outside.recv_from(&mut reply) => {
+                let Ok((count @ 12.., from)) = received else { continue };
+                // Only those who were asked may answer, and only once.
+                let number = u16::from_be_bytes([reply[0], reply[1]]);
+                if let Some((theirs, to)) = asked.remove(&number).filter(|_| resolvers.contains(&from)) {
+                    reply[..2].copy_from_slice(&theirs.to_be_bytes());
+                    let _ = inside.send_to(&reply[..count], to).await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The addresses of a network. Pure: a name gives the same plan on every host.
+
+use std::net::Ipv4Addr;
+
+use lodge_spec::names::{Mac, NetName};
+use serde::{Deserialize, Serialize};
+
+/// Where everything of a network is. The default one follows the plan that user-mode networking
+/// made customary: gateway .2, names .3, first-boot script .100.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetPlan {
+    pub name: NetName,
+    /// First address of the /24.
+    pub base: Ipv4Addr,
+    /// The host's and the namespace's end of the link between them (a /30).
+    pub uplink: (Ipv4Addr, Ipv4Addr),
+    /// Interface on the host's side; at most 15 characters.
+    pub host_interface: String,
+}
+
+pub const PREFIX: u8 = 24;
+pub const BRIDGE: &str = "br0";
+/// Where guests look for metadata.
+pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+impl NetPlan {
+    pub fn of(name: &NetName) -> Self {
+        let hash = name.as_str().bytes().fold(5381u32, |h, b| h.wrapping_mul(33) ^ u32::from(b));
+        let third = match name.as_str() {
+            "default" => 2,
+            _ => 3 + (hash % 250) as u8,
+        };
+        let [high, low] = ((hash % 0x3fff) as u16 * 4).to_be_bytes();
+        let link = |last: u8| Ipv4Addr::new(100, 64 + (high >> 6), (high << 2) | (low >> 6), (low & 0x3c) | last);
+        Self {
+            name: name.clone(),
+            base: Ipv4Addr::new(10, 0, third, 0),
+            uplink: (link(1), link(2)),
+            host_interface: format!("lg-{name}"),
+        }
+    }
+
+    fn at(&self, last: u8) -> Ipv4Addr {
+        let [a, b, c, _] = self.base.octets();
+        Ipv4Addr::new(a, b, c, last)
+    }
+
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.at(2)
+    }
+
+    pub fn names(&self) -> Ipv4Addr {
+        self.at(3)
+    }
+
+    pub fn script(&self) -> Ipv4Addr {
+        self.at(100)
+    }
+
+    /// What is handed out to machines.
+    pub fn range(&self) -> (Ipv4Addr, Ipv4Addr) {
+        (self.at(15), self.at(99))
+    }
+
+    pub fn holds(&self, address: Ipv4Addr) -> bool {
+        let [a, b, c, last] = address.octets();
+        self.at(0).octets()[..3] == [a, b, c] && (4..255).contains(&last) && last != 100
+    }
+}
+
+/// The tap interface of a machine: the machine's identity and the interface's number.
+pub fn tap_name(id: lodge_spec::names::MachineId, mac: Mac) -> String {
+    let [.., last] = mac.0;
+    format!("t{}{last:02x}", id.short())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_network_is_where_guests_expect_it() {
+        let plan = NetPlan::of(&"default".parse().unwrap());
+        assert_eq!(plan.gateway().to_string(), "10.0.2.2");
+        assert_eq!(plan.names().to_string(), "10.0.2.3");
+        assert_eq!(plan.script().to_string(), "10.0.2.100");
+        assert!(plan.holds("10.0.2.15".parse().unwrap()));
+        for no in ["10.0.2.2", "10.0.2.100", "10.0.3.15", "10.0.2.255"] {
+            assert!(!plan.holds(no.parse().unwrap()), "{no}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn other_networks_stay_in_their_ranges(name in "[a-z][a-z0-9]{0,10}") {
+            let plan = NetPlan::of(&name.parse().unwrap());
+            let (host, inside) = plan.uplink;
+            proptest::prop_assert_eq!(u32::from(host) + 1, u32::from(inside));
+            proptest::prop_assert_eq!(u32::from(host) % 4, 1);
+            let shared = u32::from(Ipv4Addr::new(100, 64, 0, 0));
+            proptest::prop_assert_eq!(u32::from(host) & 0xffc0_0000, shared);
+            proptest::prop_assert!(plan.host_interface.len() <= 15);
+        }
+    }
+}

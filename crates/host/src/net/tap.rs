@@ -1,0 +1,62 @@
+//! Tap interfaces: made, put on the bridge, up. Works in the namespace of its caller.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::plan::BRIDGE;
+
+const SIOCSIFFLAGS: libc::c_ulong = 0x8914;
+const SIOCGIFINDEX: libc::c_ulong = 0x8933;
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const IFF_TAP: i32 = 0x2;
+const IFF_NO_PI: i32 = 0x1000;
+const IFF_VNET_HDR: i32 = 0x4000;
+/// The header of virtio 1.0, with the count of merged buffers.
+const VNET_HEADER: i32 = 12;
+
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: all bytes zero is a valid `ifreq`: a name and plain numbers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn ioctl(fd: i32, code: libc::c_ulong, argument: *mut libc::c_void) -> io::Result<()> {
+    // SAFETY: every caller passes the structure that its code takes, alive through the call.
+    match unsafe { libc::ioctl(fd, code, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// A new tap on the network's bridge. It goes when the last copy of the descriptor closes.
+pub(crate) fn make(name: &str) -> io::Result<OwnedFd> {
+    let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let mut wanted = request(name)?;
+    wanted.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16;
+    ioctl(tun.as_raw_fd(), TUNSETIFF, (&raw mut wanted).cast())?;
+    let mut header = VNET_HEADER;
+    ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, (&raw mut header).cast())?;
+    // Any socket serves to talk to the interfaces of this namespace.
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let socket = socket.as_raw_fd();
+    let mut index = request(name)?;
+    ioctl(socket, SIOCGIFINDEX, (&raw mut index).cast())?;
+    // SAFETY: the call above has just filled this member.
+    let number = unsafe { index.ifr_ifru.ifru_ifindex };
+    let mut bridge = request(BRIDGE)?;
+    bridge.ifr_ifru.ifru_ifindex = number;
+    ioctl(socket, SIOCBRADDIF, (&raw mut bridge).cast())?;
+    let mut up = request(name)?;
+    up.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    ioctl(socket, SIOCSIFFLAGS, (&raw mut up).cast())?;
+    Ok(tun.into())
+}

@@ -1,0 +1,102 @@
+//! The one door for processes: every helper that Lodge runs starts here, with a clean environment
+//! and its standard error kept for the error message.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    #[error("cannot run {program}: {source}")]
+    Start { program: String, source: io::Error },
+    #[error("{program} ended with {status}{}", tail(.stderr))]
+    Failed { program: String, status: String, stderr: String },
+}
+
+fn tail(stderr: &str) -> String {
+    let lines: Vec<&str> = stderr.lines().filter(|l| !l.trim().is_empty()).collect();
+    let last = &lines[lines.len().saturating_sub(5)..];
+    if last.is_empty() { String::new() } else { format!(": {}", last.join("; ")) }
+}
+
+/// A program to run.
+#[derive(Debug)]
+pub struct Tool {
+    program: PathBuf,
+    args: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+}
+
+impl Tool {
+    pub fn new(program: impl AsRef<Path>) -> Self {
+        let env = [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C.UTF-8")];
+        let env = env.map(|(k, v)| (k.into(), v.into()));
+        Self { program: program.as_ref().to_owned(), args: Vec::new(), env: env.into() }
+    }
+
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.args.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((key.into(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// The command with its clean environment, for callers that wire its streams themselves.
+    #[expect(clippy::disallowed_methods, reason = "this is the one door")]
+    pub fn command(&self) -> tokio::process::Command {
+        let mut command = tokio::process::Command::new(&self.program);
+        command.args(&self.args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn name(&self) -> String {
+        self.program.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    pub fn start_error(&self, source: io::Error) -> ToolError {
+        ToolError::Start { program: self.name(), source }
+    }
+
+    /// What it wrote to standard output, if it succeeded.
+    pub async fn output(&self) -> Result<Vec<u8>, ToolError> {
+        let output = self.command().output().await.map_err(|e| self.start_error(e))?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        Err(ToolError::Failed {
+            program: self.name(),
+            status: output.status.to_string(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Runs it with `input` on its standard input.
+    pub async fn feed(&self, input: &[u8]) -> Result<(), ToolError> {
+        use tokio::io::AsyncWriteExt;
+        let mut command = self.command();
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|e| self.start_error(e))?;
+        let mut stdin = child.stdin.take().expect("piped");
+        let written = stdin.write_all(input).await;
+        drop(stdin);
+        let output = child.wait_with_output().await.map_err(|e| self.start_error(e))?;
+        if output.status.success() {
+            return written.map_err(|e| self.start_error(e));
+        }
+        Err(ToolError::Failed {
+            program: self.name(),
+            status: output.status.to_string(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+}

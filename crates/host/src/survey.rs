@@ -1,0 +1,277 @@
+//! What the host has for a machine: names become paths, every file is looked at, and what must be
+//! made is listed. Reads, and changes nothing but the leases of addresses.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use lodge_machine::store::{Store, lease};
+use lodge_spec::machine::{Boot, Disk, DiskSource, FileContent, Machine};
+use lodge_spec::names::{ImageName, MachineId};
+use lodge_spec::problem::{Problem, Problems};
+
+use crate::backend::{
+    BootFiles, DiskFiles, DiskFormat, Layer, NicPlace, Step, Survey,
+};
+use crate::image::store::Images;
+use crate::image::{Manifest, kernel, layer};
+use crate::net::plan::{NetPlan, tap_name};
+use crate::paths::Paths;
+
+/// Users of root's machines are numbered from here; nobody else's are.
+const FIRST_UID: u32 = 0x6c00_0000;
+
+pub struct Surveyor<'a> {
+    pub paths: &'a Paths,
+    pub images: &'a Images,
+    pub store: &'a Store,
+}
+
+/// The user that a machine's hypervisor runs as: one of its own for root, else the caller.
+pub fn user_of(id: MachineId) -> u32 {
+    let own = rustix::process::geteuid();
+    if !own.is_root() {
+        return own.as_raw();
+    }
+    let [.., a, b, c] = *id.0.as_bytes();
+    FIRST_UID + u32::from_be_bytes([0, a, b, c])
+}
+
+impl Surveyor<'_> {
+    /// Everything wrong with what the machine names, each with its field.
+    pub async fn survey(&self, machine: &Machine) -> Result<Survey, Problems> {
+        let mut p = Problems::default();
+        let (state, run) = (self.paths.machine(machine.id), self.paths.running(machine.id));
+        let mut steps = Vec::new();
+        for path in [&state, &run] {
+            steps.push(Step::Folder { path: path.clone() });
+        }
+        let uid = user_of(machine.id);
+        let manifest = match &machine.boot {
+            Boot::Image { image, .. } => self.manifest(&mut p, "image", image).await,
+            Boot::Kernel { .. } | Boot::Firmware { .. } => None,
+        };
+        let boot = self.boot(&mut p, machine, manifest.as_ref(), &mut steps, &run, uid);
+        let mut disks = Vec::new();
+        for (i, disk) in machine.disks.iter().enumerate() {
+            let files = self.disk(&mut p, machine, i, disk, &mut steps, uid).await;
+            disks.extend(files);
+        }
+        check_paths(&mut p, machine);
+        let takes_files = manifest.as_ref().is_some_and(|m| m.takes_files);
+        let files_disk = self.files_disk(machine, takes_files, &run, &mut steps);
+        let nics = self.nics(&mut p, machine).await;
+        let boot = boot.unwrap_or(BootFiles::Firmware);
+        p.or(Survey { boot, disks, nics, files_disk, steps, run, state, uid })
+    }
+
+    async fn manifest(&self, p: &mut Problems, path: &str, image: &ImageName) -> Option<Manifest> {
+        let found = self.images.find(image).await;
+        p.take(path, found)
+    }
+
+    fn boot(
+        &self,
+        p: &mut Problems,
+        machine: &Machine,
+        manifest: Option<&Manifest>,
+        steps: &mut Vec<Step>,
+        run: &Path,
+        uid: u32,
+    ) -> Option<BootFiles> {
+        let (kernel, initrd, cmdline, virtio_mmio) = match (&machine.boot, manifest) {
+            (Boot::Firmware { .. }, _) => return Some(BootFiles::Firmware),
+            (Boot::Kernel { kernel, initrd, cmdline }, _) => {
+                (kernel.clone(), initrd.clone(), cmdline.clone(), false)
+            }
+            (Boot::Image { cmdline, .. }, Some(manifest)) => {
+                let Some(kernel) = &manifest.kernel else { return Some(BootFiles::Firmware) };
+                let initrd = manifest.initrd.as_ref().map(|b| self.images.path(b));
+                let line = format!("{} {cmdline}", manifest.cmdline).trim().to_owned();
+                (self.images.path(kernel), initrd, line, manifest.virtio_mmio)
+            }
+            (Boot::Image { .. }, None) => return None,
+        };
+        let looked = p.take("boot.kernel", kernel::look(&kernel, &self.paths.cache()))?;
+        if looked.to_unpack {
+            let cache = self.paths.cache().join("kernels");
+            steps.push(Step::UnpackedKernel { from: kernel.clone(), path: cache });
+        }
+        let initrd = match initrd {
+            None => None,
+            Some(path) => Some(p.take("boot.initrd", readable(&path).map(|()| path))?),
+        };
+        let own_initrd = |steps: &mut Vec<Step>, from: &Path| {
+            let files = layer::guest_file_count(machine, false);
+            let path = run.join("initrd");
+            if files > 0 && machine.disks.is_empty() {
+                let from = from.to_owned();
+                steps.push(Step::Initrd { from, path: path.clone(), files });
+                return path;
+            }
+            visible(from, "initrd", run, uid, steps)
+        };
+        let initrd = initrd.map(|path| own_initrd(steps, &path));
+        let kernel = visible(&looked.path, "kernel", run, uid, steps);
+        Some(BootFiles::Kernel { kernel, initrd, cmdline, pvh: looked.pvh, virtio_mmio })
+    }
+
+    async fn disk(
+        &self,
+        p: &mut Problems,
+        machine: &Machine,
+        index: usize,
+        disk: &Disk,
+        steps: &mut Vec<Step>,
+        uid: u32,
+    ) -> Option<DiskFiles> {
+        let at = format!("disks[{index}]");
+        let own = |name: &str| self.paths.machine(machine.id).join(format!("{name}.qcow2"));
+        let top = |path: PathBuf| Layer { path, format: DiskFormat::Qcow2, block_device: false };
+        match &disk.source {
+            DiskSource::Path(path) => {
+                let (layer, _) = p.take(&format!("{at}.source"), layer::look(path))?;
+                Some(DiskFiles { layers: vec![layer] })
+            }
+            DiskSource::Blank { size } => {
+                let path = own(disk.name.as_str());
+                let bytes = size.0;
+                steps.push(Step::Layer { path: path.clone(), bytes, above: None, owner: uid });
+                Some(DiskFiles { layers: vec![top(path)] })
+            }
+            DiskSource::Image { image, size } => {
+                let manifest = self.manifest(p, &format!("{at}.image"), image).await?;
+                let Some(base) = &manifest.disk else {
+                    p.add(format!("{at}.image"), format!("image {image} has no disk"));
+                    return None;
+                };
+                let bytes = size.map_or(base.virtual_bytes, |s| s.0);
+                if bytes < base.virtual_bytes {
+                    let least = base.virtual_bytes;
+                    p.add(
+                        format!("{at}.size"),
+                        format!("image {image} is {least} bytes large; a layer cannot be smaller"),
+                    );
+                }
+                let below = self.images.path(&base.blob);
+                if let Err(why) = intact(&below, base.blob.bytes) {
+                    p.add(format!("{at}.image"), format!("image {image}: {why}"));
+                }
+                let format = match base.format.as_str() {
+                    "qcow2" => DiskFormat::Qcow2,
+                    _ => DiskFormat::Raw,
+                };
+                let path = own(disk.name.as_str());
+                let above = Some(below.clone());
+                steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
+                let below = Layer { path: below, format, block_device: false };
+                Some(DiskFiles { layers: vec![top(path), below] })
+            }
+        }
+    }
+
+    /// Guests that take files from a disk get one; guests without disks get them in their initrd.
+    fn files_disk(
+        &self,
+        machine: &Machine,
+        takes_files: bool,
+        run: &Path,
+        steps: &mut Vec<Step>,
+    ) -> Option<PathBuf> {
+        let files = layer::guest_file_count(machine, takes_files);
+        let in_initrd = matches!(&machine.boot, Boot::Kernel { .. }) && machine.disks.is_empty();
+        if files == 0 || in_initrd {
+            return None;
+        }
+        let path = run.join("files.tar");
+        steps.push(Step::FilesDisk { path: path.clone(), files });
+        Some(path)
+    }
+
+    async fn nics(&self, p: &mut Problems, machine: &Machine) -> Vec<NicPlace> {
+        let mut places = Vec::new();
+        for (i, nic) in machine.nics.iter().enumerate() {
+            let plan = NetPlan::of(&nic.network);
+            let at = format!("nics[{i}].address");
+            if let Some(address) = nic.address.filter(|a| !plan.holds(*a)) {
+                p.add(&at, format!("{address} is not on the network {}", nic.network));
+                continue;
+            }
+            let (network, mac, id) =
+                (nic.network.to_string(), nic.mac.to_string(), machine.id.to_string());
+            let (first, last) = plan.range();
+            let range = (u32::from(first), u32::from(last));
+            let wanted = nic.address.map(u32::from);
+            let leased = self
+                .store
+                .write(move |c| lease(c, &network, &mac, &id, wanted, range))
+                .await;
+            match leased {
+                Ok(Some(address)) => places.push(NicPlace {
+                    network: self.paths.network(nic.network.as_str()),
+                    interface: tap_name(machine.id, nic.mac),
+                    address: address.into(),
+                }),
+                Ok(None) => match nic.address {
+                    Some(a) => p.add(&at, format!("{a} belongs to another machine")),
+                    None => p.add(&at, format!("the network {} has no free address", nic.network)),
+                },
+                Err(error) => p.add(&at, error),
+            }
+        }
+        places
+    }
+}
+
+fn readable(path: &Path) -> Result<(), String> {
+    let error = |e: std::io::Error| format!("{}: {e}", path.display());
+    let meta = fs::metadata(path).map_err(error)?;
+    if !meta.is_file() {
+        return Err(format!("{} is not a file", path.display()));
+    }
+    if meta.len() == 0 {
+        return Err(format!("{} is empty", path.display()));
+    }
+    fs::File::open(path).map(drop).map_err(error)
+}
+
+/// Cheap signs that a stored file is still what it was; `lodge image verify` reads it all.
+fn intact(path: &Path, bytes: u64) -> Result<(), String> {
+    let meta = fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    if meta.len() == bytes {
+        return Ok(());
+    }
+    Err(format!(
+        "{} has {} bytes instead of {bytes}; its content no longer matches its digest",
+        path.display(),
+        meta.len()
+    ))
+}
+
+/// Files that the machine's own user may not read are copied for it.
+fn visible(path: &Path, name: &str, run: &Path, uid: u32, steps: &mut Vec<Step>) -> PathBuf {
+    let mode = fs::metadata(path).map_or(0, |m| m.permissions().mode());
+    if mode & 0o004 != 0 || !rustix::process::geteuid().is_root() {
+        return path.to_owned();
+    }
+    let copy = run.join(name);
+    steps.push(Step::Copy { from: path.to_owned(), path: copy.clone(), owner: uid });
+    copy
+}
+
+fn check_paths(p: &mut Problems, machine: &Machine) {
+    for (i, share) in machine.shares.iter().enumerate() {
+        if !share.source.is_dir() {
+            let what = format!("{} is not a folder", share.source.display());
+            p.0.push(Problem::new(format!("shares[{i}].source"), what));
+        }
+    }
+    for (i, file) in machine.files.iter().enumerate() {
+        if let FileContent::Source(path) = &file.content
+            && let Err(why) = fs::File::open(path)
+        {
+            let what = format!("{}: {why}", path.display());
+            p.0.push(Problem::new(format!("files[{i}].source"), what));
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! What daemon and warden say to each other: JSON lines on the warden's socket.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::Tap;
+
+/// The warden's first and only line on its standard output.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Started {
+    Ok { pid: u32 },
+    Error { error: String },
+}
+
+/// What a warden tells whoever connects: first its `Status`, then what happens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "tell", rename_all = "snake_case")]
+pub enum Tell {
+    Status(Status),
+    Ready { at_us: i64 },
+    Panic { line: String },
+    Mark { kind: String, detail: String, at_us: i64 },
+    Exited(Exit),
+    /// The answer to `Ask::Tap`; the descriptor comes with it.
+    Tap { error: Option<String> },
+}
+
+/// What has happened so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The hypervisor's process, as the host sees it.
+    pub pid: u32,
+    pub ready: bool,
+    pub panic: Option<String>,
+}
+
+/// How the hypervisor ended. Kept in a file for daemons that were not there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+    /// Its last lines on standard error.
+    pub stderr: Vec<String>,
+    pub panic: Option<String>,
+}
+
+impl Exit {
+    /// `Err` says what went wrong.
+    pub fn outcome(&self) -> Result<(), String> {
+        if let Some(line) = &self.panic {
+            return Err(line.clone());
+        }
+        let how = match (self.code, self.signal) {
+            (Some(0), _) => return Ok(()),
+            (Some(code), _) => format!("the hypervisor ended with status {code}"),
+            (None, Some(signal)) => format!("the hypervisor was killed by signal {signal}"),
+            (None, None) => "the hypervisor ended in an unknown way".to_owned(),
+        };
+        match self.stderr.last() {
+            Some(line) => Err(format!("{how}: {line}")),
+            None => Err(how),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub enum Ask {
+    /// End the hypervisor now.
+    Kill,
+    /// Make one more tap interface and hand it over.
+    Tap { tap: Tap },
+    /// Give an interface back to its network.
+    Untap { interface: String },
+}
+
+pub fn socket(run: &Path) -> PathBuf {
+    run.join("warden.sock")
+}
+
+pub fn console_socket(run: &Path) -> PathBuf {
+    run.join("console.sock")
+}
+
+pub fn exit_file(run: &Path) -> PathBuf {
+    run.join("exit.json")
+}

@@ -1,0 +1,323 @@
+//! The warden's life beside its hypervisor: console, ports, readiness, and those who ask.
+
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use lodge_jail::cgroup;
+use lodge_machine::store::now_us;
+use regex_lite::Regex;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::broadcast;
+
+use super::console::{Log, Sign, Watcher};
+use super::forward::{self, Guest};
+use super::message::{Ask, Exit, Status, Tell, exit_file};
+use super::start::{self, Started};
+use crate::fdpass::{self, Lines};
+use crate::net::client::Notice;
+use crate::paths;
+
+/// What the parts of a warden share; one thread, so cells suffice.
+struct Shared {
+    status: RefCell<Status>,
+    log: RefCell<Log>,
+    output: broadcast::Sender<Rc<[u8]>>,
+    tells: broadcast::Sender<Tell>,
+    networks: RefCell<Vec<(String, tokio::task::JoinHandle<()>)>>,
+}
+
+impl Shared {
+    fn tell(&self, tell: Tell) {
+        // Nobody may be connected; the status keeps what matters.
+        let _ = self.tells.send(tell);
+    }
+
+    fn ready(&self) {
+        if !std::mem::replace(&mut self.status.borrow_mut().ready, true) {
+            self.tell(Tell::Ready { at_us: now_us() });
+        }
+    }
+
+    fn mark(&self, kind: &str, detail: &str) {
+        let (kind, detail) = (kind.to_owned(), detail.to_owned());
+        self.tell(Tell::Mark { kind, detail, at_us: now_us() });
+    }
+}
+
+/// Serves until the hypervisor has ended, then leaves its exit status behind.
+pub(super) fn serve(started: Started) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let Ok(runtime) = runtime else { return };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, run(started));
+}
+
+async fn run(started: Started) {
+    let Started { plan, pid, console, log, warden, attach, stderr, networks, listeners } = started;
+    let ready = plan.ready.as_deref().unwrap_or("");
+    let regex = ready.strip_prefix("console:").and_then(|r| Regex::new(r).ok());
+    // Room for the messages of a moment; a reader that falls behind skips.
+    let shared = Rc::new(Shared {
+        status: RefCell::new(Status { pid, ..Status::default() }),
+        log: RefCell::new(Log::new(plan.console_log.clone(), log)),
+        output: broadcast::channel(64).0,
+        tells: broadcast::channel(64).0,
+        networks: RefCell::default(),
+    });
+    let Ok(console) = to_async(console) else { return };
+    let (from_guest, to_guest) = console.into_split();
+    let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
+    let watch = Watcher::new(regex);
+    let console = tokio::task::spawn_local(read_console(shared.clone(), from_guest, watch));
+    tokio::task::spawn_local(accept_attach(shared.clone(), attach, to_guest));
+    tokio::task::spawn_local(accept_asks(shared.clone(), warden));
+    for (interface, connection) in networks {
+        watch_network(&shared, interface, connection, ready == "dhcp");
+    }
+    if let Some(tap) = plan.taps.first() {
+        let guest = |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
+        for (port, bound) in listeners {
+            tokio::task::spawn_local(forward::serve(bound, guest(port.guest)));
+        }
+        if let Some(port) = ready.strip_prefix("port:").and_then(|p| p.parse().ok()) {
+            tokio::task::spawn_local(await_port(shared.clone(), guest(port)));
+        }
+    }
+    let stderr = tokio::task::spawn_local(read_stderr(stderr));
+    let exit = await_exit(pid).await;
+    // What the hypervisor wrote last is still in its socket and pipe.
+    let patience = Duration::from_secs(2);
+    let _ = tokio::time::timeout(patience, console).await;
+    let stderr = tokio::time::timeout(patience, stderr).await;
+    let stderr = stderr.ok().and_then(Result::ok).unwrap_or_default();
+    let panic = shared.status.borrow().panic.clone();
+    let (code, signal) = exit;
+    let exit = Exit { code, signal, stderr, panic };
+    if let Ok(text) = serde_json::to_vec(&exit) {
+        let _ = paths::write_atomically(&exit_file(&plan.run), &text);
+    }
+    let _ = cgroup::remove(&plan.cgroup.hierarchy, &plan.cgroup.name);
+    shared.tell(Tell::Exited(exit));
+    // Lets those who are connected hear it.
+    tokio::task::yield_now().await;
+    tokio::time::sleep(Duration::from_millis(10)).await;
+}
+
+fn to_async(stream: std::os::unix::net::UnixStream) -> std::io::Result<UnixStream> {
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+async fn read_console(
+    shared: Rc<Shared>,
+    mut from_guest: tokio::net::unix::OwnedReadHalf,
+    mut watch: Watcher,
+) {
+    let mut buffer = vec![0; 8192];
+    let mut first = true;
+    while let Ok(count @ 1..) = from_guest.read(&mut buffer).await {
+        let bytes = &buffer[..count];
+        if std::mem::take(&mut first) {
+            shared.mark("first-output", "");
+        }
+        shared.log.borrow_mut().write(bytes);
+        let _ = shared.output.send(bytes.into());
+        for sign in watch.look(bytes) {
+            match sign {
+                Sign::Ready => shared.ready(),
+                Sign::Panic(line) => {
+                    shared.status.borrow_mut().panic.get_or_insert(line.clone());
+                    shared.tell(Tell::Panic { line });
+                }
+            }
+        }
+    }
+}
+
+type ToGuest = Rc<tokio::sync::Mutex<tokio::net::unix::OwnedWriteHalf>>;
+
+async fn accept_attach(
+    shared: Rc<Shared>,
+    listener: std::os::unix::net::UnixListener,
+    to_guest: ToGuest,
+) {
+    let Some(listener) = to_listener(listener) else { return };
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::task::spawn_local(attached(shared.clone(), stream, to_guest.clone()));
+    }
+}
+
+/// One reader of the console: history first, then what comes, and its typing the other way.
+async fn attached(shared: Rc<Shared>, stream: UnixStream, to_guest: ToGuest) {
+    let mut output = shared.output.subscribe();
+    let history = shared.log.borrow().history();
+    let (mut typed, mut shown) = stream.into_split();
+    if shown.write_all(&history).await.is_err() {
+        return;
+    }
+    let mut buffer = [0; 1024];
+    loop {
+        tokio::select! {
+            bytes = output.recv() => match bytes {
+                Ok(bytes) => if shown.write_all(&bytes).await.is_err() { return },
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return,
+            },
+            count = typed.read(&mut buffer) => match count {
+                Ok(count @ 1..) => {
+                    if to_guest.lock().await.write_all(&buffer[..count]).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(0) | Err(_) => return,
+            },
+        }
+    }
+}
+
+async fn accept_asks(shared: Rc<Shared>, listener: std::os::unix::net::UnixListener) {
+    let Some(listener) = to_listener(listener) else { return };
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::task::spawn_local(asked(shared.clone(), stream));
+    }
+}
+
+fn to_listener(listener: std::os::unix::net::UnixListener) -> Option<UnixListener> {
+    listener.set_nonblocking(true).ok()?;
+    UnixListener::from_std(listener).ok()
+}
+
+async fn asked(shared: Rc<Shared>, stream: UnixStream) {
+    let mut tells = shared.tells.subscribe();
+    let status = shared.status.borrow().clone();
+    if fdpass::send(&stream, &Tell::Status(status), None).await.is_err() {
+        return;
+    }
+    let mut lines = Lines::default();
+    loop {
+        tokio::select! {
+            tell = tells.recv() => match tell {
+                Ok(tell) => if fdpass::send(&stream, &tell, None).await.is_err() { return },
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return,
+            },
+            ask = lines.next::<Ask>(&stream) => match ask {
+                Ok(Some((ask, _))) => if !answer(&shared, &stream, ask).await { return },
+                Ok(None) | Err(_) => return,
+            },
+        }
+    }
+}
+
+async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
+    use std::os::fd::AsFd;
+    match ask {
+        Ask::Kill => {
+            let pid = shared.status.borrow().pid;
+            if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+                // It is our child and not reaped yet, so the number is still its own.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            true
+        }
+        Ask::Tap { tap } => {
+            let made = start::one_more(&tap);
+            let fd: Option<&OwnedFd> = made.as_ref().ok().map(|(_, fd)| fd);
+            let tell = Tell::Tap { error: made.as_ref().err().cloned() };
+            let sent = fdpass::send(stream, &tell, fd.map(AsFd::as_fd)).await;
+            if let (Ok(()), Ok((connection, _))) = (&sent, made) {
+                watch_network(shared, tap.interface, connection, false);
+            }
+            sent.is_ok()
+        }
+        Ask::Untap { interface } => {
+            let mut networks = shared.networks.borrow_mut();
+            networks.retain(|(name, task)| {
+                let stays = *name != interface;
+                if !stays {
+                    task.abort();
+                }
+                stays
+            });
+            true
+        }
+    }
+}
+
+/// Holds the connection that holds the interface, and hears of leases.
+fn watch_network(
+    shared: &Rc<Shared>,
+    interface: String,
+    connection: std::os::unix::net::UnixStream,
+    lease_is_ready: bool,
+) {
+    let Ok(stream) = to_async(connection) else { return };
+    let watched = shared.clone();
+    let task = tokio::task::spawn_local(async move {
+        let mut lines = Lines::default();
+        while let Ok(Some((notice, _))) = lines.next::<Notice>(&stream).await {
+            match notice {
+                Notice::Leased { address } => {
+                    watched.mark("dhcp-lease", &address.to_string());
+                    if lease_is_ready {
+                        watched.ready();
+                    }
+                }
+                Notice::Attached | Notice::Dialled | Notice::Refused { .. } => {}
+            }
+        }
+        watched.mark("network-lost", "the network's keeper is gone");
+    });
+    shared.networks.borrow_mut().push((interface, task));
+}
+
+/// There is no event for a port that opens in a guest; asking again is all there is.
+async fn await_port(shared: Rc<Shared>, guest: Guest) {
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let dialled = tokio::time::timeout(Duration::from_secs(5), forward::dial(&guest)).await;
+        if matches!(dialled, Ok(Ok(_))) {
+            shared.ready();
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(400));
+    }
+}
+
+async fn await_exit(pid: u32) -> (Option<i32>, Option<i32>) {
+    use rustix::process::{Pid, PidfdFlags, WaitOptions};
+    let Some(pid) = Pid::from_raw(pid as i32) else { return (None, None) };
+    if let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
+        // SAFETY: the descriptor is owned by what is registered and stays open as long.
+        && let Ok(ended) = unsafe { AsyncFd::register(pidfd) }
+    {
+        let _ = ended.readable().await;
+    }
+    match rustix::process::waitpid(Some(pid), WaitOptions::empty()) {
+        Ok(Some((_, status))) => (status.exit_status(), status.terminating_signal()),
+        Ok(None) | Err(_) => (None, None),
+    }
+}
+
+/// Keeps the end of what the hypervisor says on standard error, until it ends.
+async fn read_stderr(stderr: std::process::ChildStderr) -> Vec<String> {
+    const KEPT: usize = 16 << 10;
+    let mut kept = Vec::new();
+    let mut buffer = [0; 1024];
+    let Ok(mut pipe) = tokio::net::unix::pipe::Receiver::from_owned_fd(stderr.into()) else {
+        return Vec::new();
+    };
+    while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
+        kept.extend_from_slice(&buffer[..count]);
+        let excess = kept.len().saturating_sub(KEPT);
+        kept.drain(..excess);
+    }
+    let text = String::from_utf8_lossy(&kept).into_owned();
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(20)..].iter().map(|l| (*l).to_owned()).collect()
+}

@@ -1,0 +1,177 @@
+//! From a plan to a running hypervisor, step by step, before there is any concurrency. What fails
+//! here is said to the daemon and leaves nothing: what was opened closes with the process.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Stdio;
+
+use lodge_jail::cgroup;
+use lodge_spec::machine::Protocol;
+
+use super::message;
+use crate::backend::{Forward, OpenFile, Tap, WardenPlan};
+use crate::net::client;
+use crate::paths;
+use crate::proc::Tool;
+
+/// A hypervisor that runs, and everything that belongs to it.
+pub(super) struct Started {
+    pub(super) plan: WardenPlan,
+    pub(super) pid: u32,
+    pub(super) console: UnixStream,
+    pub(super) log: File,
+    pub(super) warden: UnixListener,
+    pub(super) attach: UnixListener,
+    pub(super) stderr: std::process::ChildStderr,
+    pub(super) networks: Vec<(String, UnixStream)>,
+    pub(super) listeners: Vec<(Forward, Bound)>,
+}
+
+pub(super) enum Bound {
+    Tcp(TcpListener),
+    Udp(UdpSocket),
+}
+
+fn text<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> String {
+    move |error| format!("{what}: {error}")
+}
+
+pub(super) fn start() -> Result<Started, String> {
+    let mut input = String::new();
+    io::stdin().read_to_string(&mut input).map_err(text("reading the plan"))?;
+    let plan: WardenPlan = serde_json::from_str(&input).map_err(text("reading the plan"))?;
+    // A session of its own: what ends the daemon's session is not meant for the machine.
+    rustix::process::setsid().map_err(text("leaving the session"))?;
+    let listeners = bind_ports(&plan.ports)?;
+    let warden = listen(&message::socket(&plan.run))?;
+    let attach = listen(&message::console_socket(&plan.run))?;
+    let log = File::options().create(true).append(true).open(&plan.console_log);
+    let log = log.map_err(text(plan.console_log.display()))?;
+    let mut networks = Vec::new();
+    for tap in &plan.taps {
+        let (connection, fd) = client::attach(tap)?;
+        place(fd, tap.fd)?;
+        networks.push((tap.interface.clone(), connection));
+    }
+    for file in &plan.files {
+        place(open_file(file)?, file.fd)?;
+    }
+    for socket in &plan.sockets {
+        place(listen(&socket.path)?, socket.fd)?;
+    }
+    let (console, theirs) = UnixStream::pair().map_err(text("console"))?;
+    place(theirs, plan.console_fd)?;
+    let (status, theirs) = UnixStream::pair().map_err(text("status"))?;
+    place(theirs, plan.jail.status_fd)?;
+    let limits = &plan.cgroup;
+    let cgroups = cgroup::create(&limits.hierarchy, &limits.name, &limits.limits)
+        .map_err(text("making the control group"))?;
+    let (mut stderr, jail) = spawn_jail(&plan, cgroups)?;
+    for fd in plan.jail.keep_fds.iter().chain([&plan.jail.status_fd]) {
+        // SAFETY: these numbers were placed above and belong to nobody else in this process.
+        drop(unsafe { OwnedFd::from_raw_fd(*fd) });
+    }
+    let pid = await_entry(status, jail).map_err(|why| {
+        format!("the jail did not close behind the hypervisor: {}", why_jail(why, &mut stderr))
+    })?;
+    Ok(Started { plan, pid, console, log, warden, attach, stderr, networks, listeners })
+}
+
+fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {
+    let mut list = Vec::new();
+    for port in ports {
+        let address = SocketAddr::new(port.ip, port.host);
+        let bound = match port.protocol {
+            Protocol::Tcp => TcpListener::bind(address).map(Bound::Tcp),
+            Protocol::Udp => UdpSocket::bind(address).map(Bound::Udp),
+        };
+        let bound = bound.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => format!(
+                "host port {address}/{} is already in use by {}",
+                port.protocol,
+                crate::net::holder::of(port.host, port.protocol)
+            ),
+            _ => format!("host port {address}/{} cannot be taken: {error}", port.protocol),
+        })?;
+        list.push((port.clone(), bound));
+    }
+    Ok(list)
+}
+
+fn listen(path: &Path) -> Result<UnixListener, String> {
+    // A socket left by a process that is gone; whoever runs would hold the run folder's machine.
+    let _ = fs::remove_file(path);
+    UnixListener::bind(path).map_err(text(path.display()))
+}
+
+fn open_file(file: &OpenFile) -> Result<File, String> {
+    let open = File::options().read(true).write(file.writable).open(&file.path);
+    open.map_err(text(file.path.display()))
+}
+
+/// Gives a descriptor the number that the plan says, and lets it be inherited.
+fn place(fd: impl Into<OwnedFd>, number: i32) -> Result<(), String> {
+    let fd: OwnedFd = fd.into();
+    // SAFETY: `dup2` onto a number of the plan's range, which nothing in this process uses.
+    let placed = unsafe { libc::dup2(fd.as_raw_fd(), number) };
+    if placed == number { Ok(()) } else { Err(format!("descriptor {number} cannot be placed")) }
+}
+
+type Jail = std::process::Child;
+
+fn spawn_jail(
+    plan: &WardenPlan,
+    cgroups: Vec<std::path::PathBuf>,
+) -> Result<(std::process::ChildStderr, Jail), String> {
+    let program = paths::sibling_program("lodge-jail").map_err(text("lodge-jail"))?;
+    let jail = lodge_jail::JailPlan { cgroups, ..plan.jail.clone() };
+    let mut command = Tool::new(program).command().into_std();
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(text("lodge-jail"))?;
+    let mut stdin = child.stdin.take().expect("piped");
+    let plan = serde_json::to_vec(&jail).map_err(text("lodge-jail"))?;
+    stdin.write_all(&plan).map_err(text("lodge-jail"))?;
+    drop(stdin);
+    Ok((child.stderr.take().expect("piped"), child))
+}
+
+/// Waits until the hypervisor's process says that it enters, and reaps the jail's own.
+fn await_entry(mut status: UnixStream, mut jail: Jail) -> Result<u32, String> {
+    let mut said = String::new();
+    let mut buffer = [0; 64];
+    while !said.ends_with("enter\n") {
+        match status.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => said.push_str(&String::from_utf8_lossy(&buffer[..n])),
+        }
+    }
+    let _ = jail.wait();
+    let pid = said.lines().find_map(|l| l.strip_prefix("pid ")?.parse().ok());
+    match pid.filter(|_| said.ends_with("enter\n")) {
+        Some(pid) => Ok(pid),
+        None => Err("it broke off".into()),
+    }
+}
+
+fn why_jail(why: String, stderr: &mut std::process::ChildStderr) -> String {
+    // Whoever held the other end has ended, so this ends too.
+    let mut said = String::new();
+    let flags = rustix::fs::fcntl_getfl(stderr.as_fd());
+    let nonblocking = flags.map(|f| rustix::fs::fcntl_setfl(stderr.as_fd(), f | rustix::fs::OFlags::NONBLOCK));
+    if nonblocking.is_ok() {
+        let _ = stderr.read_to_string(&mut said);
+    }
+    match said.lines().last() {
+        Some(line) => line.trim_start_matches("lodge-jail: ").to_owned(),
+        None => why,
+    }
+}
+
+/// One more tap interface, for a machine that runs.
+pub(super) fn one_more(tap: &Tap) -> Result<(UnixStream, OwnedFd), String> {
+    client::attach(tap)
+}

@@ -1,0 +1,294 @@
+//! Requests carried out: the one place where the keeper of machines, the host and the images are
+//! brought together. Doors call it through `Control`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lodge_doors::control::Control;
+use lodge_host::linux::Linux;
+use lodge_machine::keeper::{Found, summary};
+use lodge_machine::record::Record;
+use lodge_machine::{Keeper, Verb};
+use lodge_spec::machine::{Boot, DiskSource};
+use lodge_spec::names::ImageName;
+use lodge_spec::request::{Refusal, Reply, Request, Target};
+use lodge_spec::state::{Event, State};
+use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc::Sender;
+
+use crate::doctor;
+
+pub(crate) struct Answer {
+    keeper: Arc<Keeper<Linux>>,
+}
+
+/// More past events than this are not shown.
+const MAX_EVENTS: u32 = 10_000;
+
+impl Control for Answer {
+    async fn ask(&self, request: Request, replies: Sender<Reply>) {
+        let reply = match self.carry_out(request, &replies).await {
+            Ok(reply) => reply,
+            Err(refusal) => Reply::Refused { refusal },
+        };
+        // Whoever asked may have gone away.
+        let _ = replies.send(reply).await;
+    }
+}
+
+impl Answer {
+    pub(crate) fn new(keeper: Arc<Keeper<Linux>>) -> Self {
+        Self { keeper }
+    }
+
+    async fn carry_out(&self, request: Request, replies: &Sender<Reply>) -> Result<Reply, Refusal> {
+        let ms = Duration::from_millis;
+        match request {
+            Request::Ping => {
+                let version = env!("CARGO_PKG_VERSION").to_owned();
+                Ok(Reply::Pong { version, pid: std::process::id() })
+            }
+            Request::Create { draft } => {
+                let machine = self.keeper.create(*draft).await?;
+                Ok(Reply::Summary { machine })
+            }
+            Request::Plan { draft } => self.plan(*draft).await,
+            Request::Start { target } => self.verb(&target, Verb::Start, None).await,
+            Request::Stop { target, force, timeout_ms } => {
+                self.verb(&target, Verb::Stop { force }, Some(ms(timeout_ms))).await
+            }
+            Request::Restart { target, timeout_ms } => {
+                self.verb(&target, Verb::Restart, Some(ms(timeout_ms))).await
+            }
+            Request::Reset { target } => self.verb(&target, Verb::Reset, None).await,
+            Request::Pause { target } => self.verb(&target, Verb::Pause, None).await,
+            Request::Resume { target } => self.verb(&target, Verb::Resume, None).await,
+            Request::Remove { target, force } => {
+                self.verb(&target, Verb::Remove { force }, None).await
+            }
+            Request::Update { target, change } => {
+                let machine = self.keeper.update(&target, change).await?;
+                Ok(Reply::Summary { machine })
+            }
+            Request::List { all } => Ok(Reply::List { machines: self.keeper.list(all) }),
+            Request::Inspect { target } => self.inspect(&target),
+            Request::Why { target } => self.why(&target).await,
+            Request::Timeline { target } => self.timeline(&target).await,
+            Request::Wait { target, until, timeout_ms } => {
+                let machine = self.keeper.wait(&target, until, timeout_ms.map(ms)).await?;
+                Ok(Reply::Summary { machine })
+            }
+            Request::Events { target, follow } => self.events(target, follow, replies).await,
+            Request::Console { target } => {
+                let record = self.record(&target)?;
+                let (socket, log) = self.keeper.host().console(record.machine.id);
+                Ok(Reply::Console { socket, log })
+            }
+            Request::Doctor => {
+                let host = self.keeper.host();
+                Ok(Reply::Document { value: doctor::examine(host.facts().await) })
+            }
+            Request::Gc { dry_run } => self.collect(dry_run).await,
+            Request::ImageBuild { .. }
+            | Request::ImageAdd { .. }
+            | Request::ImageList
+            | Request::ImageInspect { .. }
+            | Request::ImageRemove { .. }
+            | Request::ImageVerify { .. } => self.image(request, replies).await,
+        }
+    }
+
+    async fn image(&self, request: Request, replies: &Sender<Reply>) -> Result<Reply, Refusal> {
+        let images = &self.keeper.host().images;
+        let document = |value: Value| Ok(Reply::Document { value });
+        match request {
+            Request::ImageBuild { name, size, packages } => {
+                let progress = replies.clone();
+                let tell = move |message: &str, done: u64, total: u64| {
+                    let message = message.to_owned();
+                    // A slow reader misses a step, the build goes on.
+                    let _ = progress.try_send(Reply::Progress { message, done, total });
+                };
+                let build = images.build(&name, size, &packages, Arc::new(tell));
+                // A build that nobody waits for any more is given up, and its scratch with it.
+                tokio::select! {
+                    manifest = build => document(json!(manifest?)),
+                    () = replies.closed() => Err(Refusal::failed("nobody waits for the image")),
+                }
+            }
+            Request::ImageAdd { path, name } => {
+                document(json!(images.add(path.as_ref(), name).await?))
+            }
+            Request::ImageList => document(json!(images.list().await?)),
+            Request::ImageInspect { name } => document(json!(images.find(&name).await?)),
+            Request::ImageRemove { name } => {
+                images.remove(&name, &self.images_in_use()).await?;
+                Ok(Reply::Done)
+            }
+            Request::ImageVerify { name } => {
+                let list = match name {
+                    Some(name) => vec![images.find(&name).await?],
+                    None => images.list().await?,
+                };
+                for manifest in &list {
+                    images.verify(manifest).await?;
+                }
+                let names: Vec<String> = list.iter().map(|m| m.name.to_string()).collect();
+                document(json!(names))
+            }
+            _ => Err(Refusal::failed("not a request about images")),
+        }
+    }
+
+    async fn verb(
+        &self,
+        target: &str,
+        verb: Verb,
+        timeout: Option<Duration>,
+    ) -> Result<Reply, Refusal> {
+        let machine = self.keeper.ask(target, verb, timeout).await?;
+        Ok(Reply::Summary { machine })
+    }
+
+    fn record(&self, target: &str) -> Result<Arc<Record>, Refusal> {
+        match self.keeper.find(target)? {
+            Found::Machine(record) => Ok(record),
+            Found::Broken(broken) => Err(Refusal::Failed { message: broken.reason }),
+        }
+    }
+
+    async fn plan(&self, draft: lodge_spec::Draft) -> Result<Reply, Refusal> {
+        let machine = self.keeper.resolve_new(draft).await?;
+        let host = self.keeper.host();
+        let planned = host.plan(&machine).await;
+        let planned = planned.map_err(|p| Refusal::Invalid { problems: p.0 })?;
+        let value = match planned {
+            Ok(launch) => json!({"backends": {"qemu": {"can": true}}, "chosen": launch}),
+            Err(lacks) => json!({"backends": {"qemu": {"can": false, "lacks": lacks}}}),
+        };
+        Ok(Reply::Document { value })
+    }
+
+    fn inspect(&self, target: &str) -> Result<Reply, Refusal> {
+        let value = match self.keeper.find(target)? {
+            Found::Machine(record) => {
+                let id = record.machine.id;
+                json!({
+                    "summary": summary(&record),
+                    "machine": record.machine.to_draft(),
+                    "life": record.life,
+                    "runs": self.keeper.host().describe(id),
+                })
+            }
+            Found::Broken(broken) => json!({
+                "state": State::Broken,
+                "id": broken.row.id,
+                "name": broken.row.name,
+                "reason": broken.reason,
+                "record": broken.row.record,
+            }),
+        };
+        Ok(Reply::Document { value })
+    }
+
+    async fn past(&self, target: &str) -> Result<(Arc<Record>, Vec<Event>), Refusal> {
+        let record = self.record(target)?;
+        let of = Some(record.machine.id.to_string());
+        let events = self.keeper.store().events(of, 0, MAX_EVENTS).await;
+        Ok((record, events.map_err(Refusal::failed)?))
+    }
+
+    /// The events of the last start.
+    async fn timeline(&self, target: &str) -> Result<Reply, Refusal> {
+        let (_, events) = self.past(target).await?;
+        let begin = |e: &Event| matches!(e.kind.as_str(), "start" | "restart" | "restart-due");
+        let start = events.iter().rposition(begin).unwrap_or(events.len());
+        let mut list: Vec<Event> = events[start..].to_vec();
+        list.sort_by_key(|e| e.at_us);
+        Ok(Reply::Document { value: json!(list) })
+    }
+
+    async fn why(&self, target: &str) -> Result<Reply, Refusal> {
+        let (record, events) = self.past(target).await?;
+        let (_, log) = self.keeper.host().console(record.machine.id);
+        let console = std::fs::read(log).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console[console.len().saturating_sub(16_384)..]).into_owned();
+        let lines: Vec<&str> = console.lines().collect();
+        let last_start = events.iter().rposition(|e| e.kind == "start").unwrap_or(0);
+        let stderr = events[last_start..].iter().filter(|e| e.kind == "stderr");
+        let stderr: Vec<&str> = stderr.map(|e| e.detail.as_str()).collect();
+        let chain: Vec<&Event> =
+            events[last_start..].iter().filter(|e| e.kind != "stderr").collect();
+        Ok(Reply::Document {
+            value: json!({
+                "state": record.life.state,
+                "reason": record.life.reason,
+                "events": chain,
+                "stderr": stderr,
+                "console": lines[lines.len().saturating_sub(15)..],
+            }),
+        })
+    }
+
+    async fn events(
+        &self,
+        target: Option<Target>,
+        follow: bool,
+        replies: &Sender<Reply>,
+    ) -> Result<Reply, Refusal> {
+        let mut live = self.keeper.subscribe();
+        let store = self.keeper.store();
+        let past = store.events(target.clone(), 0, MAX_EVENTS).await.map_err(Refusal::failed)?;
+        let mut last = 0;
+        for event in past {
+            last = event.seq;
+            if replies.send(Reply::Event { event }).await.is_err() {
+                return Ok(Reply::Done);
+            }
+        }
+        while follow {
+            let event = tokio::select! {
+                event = live.recv() => event,
+                () = replies.closed() => return Ok(Reply::Done),
+            };
+            match event {
+                Ok(event) => {
+                    let about = |t: &String| event.name == *t || event.id.to_string() == *t;
+                    let wanted = target.as_ref().is_none_or(about);
+                    if wanted && event.seq > last {
+                        let _ = replies.send(Reply::Event { event }).await;
+                    }
+                }
+                Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => break,
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    fn images_in_use(&self) -> Vec<(ImageName, String)> {
+        let mut list = Vec::new();
+        for machine in self.keeper.list(true) {
+            let Ok(Found::Machine(record)) = self.keeper.find(&machine.id.to_string()) else {
+                continue;
+            };
+            let name = record.machine.name.to_string();
+            if let Boot::Image { image, .. } = &record.machine.boot {
+                list.push((image.clone(), name.clone()));
+            }
+            list.extend(record.machine.disks.iter().filter_map(|d| match &d.source {
+                DiskSource::Image { image, .. } => Some((image.clone(), name.clone())),
+                DiskSource::Path(_) | DiskSource::Blank { .. } => None,
+            }));
+        }
+        list
+    }
+
+    async fn collect(&self, dry_run: bool) -> Result<Reply, Refusal> {
+        let known = self.keeper.known();
+        let live: Vec<_> = self.keeper.list(false).into_iter().map(|m| m.id).collect();
+        let strays = self.keeper.host().collect(&known, &live, dry_run).await?;
+        Ok(Reply::Document { value: json!(strays) })
+    }
+}
