@@ -214,8 +214,9 @@ fn become_program(plan: &JailPlan) -> Result<(), Error> {
     };
     let (argv, env) = (pointers(&argv), pointers(&env));
     let (main, clone3) = (syscalls::filter(plan.writes_files)?, syscalls::no_clone3()?);
-    seccompiler::apply_filter(&clone3)?;
     seccompiler::apply_filter(&main)?;
+    // The last filter's answer counts where both refuse.
+    seccompiler::apply_filter(&clone3)?;
     // SAFETY: the vectors are terminated by null pointers and point to terminated strings, all of
     // which outlive the call.
     unsafe {

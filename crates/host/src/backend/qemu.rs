@@ -17,6 +17,8 @@ use crate::paths::find_program;
 use crate::proc::Tool;
 
 const PROGRAM: &str = "qemu-system-x86_64";
+/// Where distributions put the loadable parts.
+pub(crate) const MODULES: &str = "/usr/lib/x86_64-linux-gnu/qemu";
 
 /// What was probed of one QEMU binary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +100,7 @@ impl QemuFacts {
 
 /// The accelerators, where they are loadable modules.
 fn modules() -> Vec<PathBuf> {
-    let entries = std::fs::read_dir("/usr/lib/x86_64-linux-gnu/qemu").into_iter().flatten();
+    let entries = std::fs::read_dir(MODULES).into_iter().flatten();
     let mut list: Vec<PathBuf> = entries
         .flatten()
         .map(|e| e.path())

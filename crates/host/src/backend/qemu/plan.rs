@@ -11,7 +11,7 @@ use lodge_spec::capability::{Feature, Need, needs};
 use lodge_spec::machine::{Accel, BackendKind, Board, Boot, BootDevice, Firmware, Machine};
 use serde_json::json;
 
-use crate::backend::qemu::QemuFacts;
+use crate::backend::qemu::{MODULES, QemuFacts};
 use crate::backend::{
     BootFiles, Cgroup, FIRST_FD, Forward, Launch, Listen, Step, Survey, Tap, Unsupported,
     WardenPlan,
@@ -60,6 +60,9 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
         return Err(vec![Unsupported::new("nics", QEMU, format!("no tap interfaces: {why}"))]);
     }
     let mut args = Arguments::new(board, FIRST_FD);
+    for folder in &qemu.data {
+        args.add("-L", folder.display().to_string());
+    }
     identity(&mut args, machine);
     processor(&mut args, machine, accel, board, qemu, facts);
     boot(&mut args, machine, survey, accel, board, qemu, facts.tsc_khz);
@@ -322,7 +325,8 @@ fn warden(
     let jail = JailPlan {
         program: qemu.program.path.clone(),
         argv,
-        env: Vec::new(),
+        // Inside, the program's own folder says nothing about where its parts are.
+        env: vec![("QEMU_MODULE_DIR".into(), MODULES.into())],
         binds: all,
         keep_fds: kept,
         uid: survey.uid,
