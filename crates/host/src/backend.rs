@@ -181,6 +181,8 @@ pub struct Survey {
     pub run: PathBuf,
     pub state: PathBuf,
     pub uid: u32,
+    /// When the guest is ready: what the machine says, else what its image says.
+    pub ready: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -62,7 +62,10 @@ impl Surveyor<'_> {
         let files_disk = self.files_disk(machine, takes_files, &run, &mut steps);
         let nics = self.nics(&mut p, machine).await;
         let boot = boot.unwrap_or(BootFiles::Firmware);
-        p.or(Survey { boot, disks, nics, files_disk, steps, run, state, uid })
+        let own = machine.ready.as_ref().map(ToString::to_string);
+        let ready = own.or_else(|| manifest.and_then(|m| m.ready));
+        check_ready(&mut p, ready.as_deref());
+        p.or(Survey { boot, disks, nics, files_disk, steps, run, state, uid, ready })
     }
 
     async fn manifest(&self, p: &mut Problems, path: &str, image: &ImageName) -> Option<Manifest> {
@@ -257,6 +260,14 @@ fn visible(path: &Path, name: &str, run: &Path, uid: u32, steps: &mut Vec<Step>)
     let copy = run.join(name);
     steps.push(Step::Copy { from: path.to_owned(), path: copy.clone(), owner: uid });
     copy
+}
+
+fn check_ready(p: &mut Problems, ready: Option<&str>) {
+    if let Some(regex) = ready.and_then(|r| r.strip_prefix("console:"))
+        && let Err(why) = regex_lite::Regex::new(regex)
+    {
+        p.add("ready", format!("{regex:?} is not a regular expression: {why}"));
+    }
 }
 
 fn check_paths(p: &mut Problems, machine: &Machine) {

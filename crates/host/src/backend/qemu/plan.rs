@@ -363,7 +363,7 @@ fn warden(
             .iter()
             .map(|p| Forward { ip: p.ip, host: p.host, guest: p.guest, protocol: p.protocol })
             .collect(),
-        ready: machine.ready.as_ref().map(ToString::to_string),
+        ready: survey.ready.clone(),
         cgroup,
         jail,
     }
