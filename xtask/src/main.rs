@@ -1,1 +1,61 @@
-fn main() {}
+//! All automation: `cargo xtask check | tidy | vm-test | bench`. Runs programs and looks at files;
+//! knows nothing about machines.
+
+mod bench;
+mod run;
+mod tidy;
+
+use std::process::ExitCode;
+
+use run::Step;
+
+fn main() -> ExitCode {
+    let task = std::env::args().nth(1).unwrap_or_default();
+    let result = match task.as_str() {
+        "check" => check(),
+        "tidy" => tidy::tidy(),
+        "vm-test" => vm_test(),
+        "bench" => bench::bench(),
+        _ => Err(anyhow::anyhow!("usage: cargo xtask check | tidy | vm-test | bench")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            run::say(&format!("xtask {task}: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Everything that needs neither root nor a guest. All failures are shown, not only the first.
+fn check() -> anyhow::Result<()> {
+    let packages = ["spec", "formats", "machine", "host", "doors"].map(|p| format!("lodge-{p}"));
+    let mut test = vec!["test", "--quiet", "-p", "lodge", "-p", "lodge-jail"];
+    for package in &packages {
+        test.extend(["-p", package]);
+    }
+    run::all(&[
+        Step::new("format", "cargo", &["fmt", "--all", "--check"]),
+        Step::new(
+            "clippy",
+            "cargo",
+            &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        ),
+        // The list of known faults is fetched from where this host may not reach.
+        Step::optional("deny", "cargo", &["deny", "check", "bans", "licenses", "sources"]),
+        Step::call("tidy", tidy::tidy),
+        Step::new("tests", "cargo", &test),
+    ])
+}
+
+/// Real machines under real hypervisors. Needs root, QEMU and Debian's packages.
+fn vm_test() -> anyhow::Result<()> {
+    run::all(&[
+        Step::new(
+            "build",
+            "cargo",
+            &["build", "--profile", "quick", "-p", "lodge", "-p", "lodge-jail"],
+        ),
+        Step::new("machines", "cargo", &["test", "-p", "lodge-vm-tests", "--", "--nocapture"]),
+    ])
+}

@@ -41,8 +41,7 @@ impl<W: Write> Writer<W> {
         let size = u32::try_from(content.len()).map_err(too_large)?;
         self.inode += 1;
         let links = if mode & DIRECTORY != 0 { 2 } else { 1 };
-        let fields =
-            [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, path.len() as u32 + 1, 0];
+        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, path.len() as u32 + 1, 0];
         let mut header = String::from("070701");
         for field in fields {
             header.push_str(&format!("{field:08x}"));

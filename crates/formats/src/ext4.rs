@@ -138,9 +138,8 @@ fn write_nodes(
         let (data, extents) = match &node.kind {
             Kind::Directory => {
                 let bytes = tree.directory_blocks(node);
-                let extents = allocator
-                    .extents(bytes.len() as u64 / BLOCK)
-                    .ok_or_else(full(options.size))?;
+                let extents =
+                    allocator.extents(bytes.len() as u64 / BLOCK).ok_or_else(full(options.size))?;
                 let mut rest = bytes.as_slice();
                 for extent in &extents {
                     let (now, later) = rest.split_at((extent.length * BLOCK) as usize);

@@ -25,9 +25,7 @@ pub fn unpack(image: &[u8]) -> Result<Vec<u8>, Error> {
     let payload = payload(image)?;
     let elf = match payload {
         [0x02, 0x21, 0x4c, 0x18, rest @ ..] => lz4_legacy(rest)?,
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            bounded(lzma_rust2::XzReader::new(payload, false))?
-        }
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => bounded(lzma_rust2::XzReader::new(payload, false))?,
         [0x1f, 0x8b, ..] => bounded(flate2::read::GzDecoder::new(payload))?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
             let decoder = ruzstd::decoding::StreamingDecoder::new(payload);

@@ -37,17 +37,38 @@ pub struct Launch {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "make", rename_all = "snake_case")]
 pub enum Step {
-    Folder { path: PathBuf },
+    Folder {
+        path: PathBuf,
+    },
     /// A qcow2 layer; kept if it is there.
-    Layer { path: PathBuf, bytes: u64, above: Option<PathBuf>, owner: u32 },
+    Layer {
+        path: PathBuf,
+        bytes: u64,
+        above: Option<PathBuf>,
+        owner: u32,
+    },
     /// A copy; kept if it is there.
-    Copy { from: PathBuf, path: PathBuf, owner: u32 },
+    Copy {
+        from: PathBuf,
+        path: PathBuf,
+        owner: u32,
+    },
     /// The ELF file out of a bzImage, in the cache.
-    UnpackedKernel { from: PathBuf, path: PathBuf },
+    UnpackedKernel {
+        from: PathBuf,
+        path: PathBuf,
+    },
     /// An initial RAM disk with files for the guest behind it.
-    Initrd { from: PathBuf, path: PathBuf, files: usize },
+    Initrd {
+        from: PathBuf,
+        path: PathBuf,
+        files: usize,
+    },
     /// A disk that is an archive of files for the guest.
-    FilesDisk { path: PathBuf, files: usize },
+    FilesDisk {
+        path: PathBuf,
+        files: usize,
+    },
 }
 
 impl fmt::Display for Step {

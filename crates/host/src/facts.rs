@@ -68,7 +68,9 @@ fn still_there(kvm: KvmFact) -> KvmFact {
 fn openable(path: &Path) -> Result<(), String> {
     match fs::File::options().read(true).write(true).open(path) {
         Ok(_) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(format!("there is no {}", path.display())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(format!("there is no {}", path.display()))
+        }
         Err(e) => Err(format!("{} cannot be opened: {e}", path.display())),
     }
 }

@@ -123,9 +123,8 @@ fn time_loop(kvm: &Kvm) -> Result<(u64, bool), String> {
 /// QEMU sets this register from what KVM says it supports, and aborts if that is refused.
 fn takes_arch_capabilities(vcpu: &VcpuFd, kvm: &Kvm) -> bool {
     const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
-    let supported = kvm.get_msr_index_list().map(|list| {
-        list.as_slice().contains(&IA32_ARCH_CAPABILITIES)
-    });
+    let supported =
+        kvm.get_msr_index_list().map(|list| list.as_slice().contains(&IA32_ARCH_CAPABILITIES));
     if !supported.unwrap_or(false) {
         return true;
     }
@@ -193,7 +192,6 @@ impl Drop for GuestMemory {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,7 +211,10 @@ mod tests {
     fn the_proof_runs_on_this_host() {
         let (first, second) = (probe(), probe());
         assert_eq!(first.runs_linux(), second.runs_linux(), "{first:?} {second:?}");
-        assert_eq!(first.opens(), std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok());
+        assert_eq!(
+            first.opens(),
+            std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+        );
         eprintln!("{first:?}");
     }
 }

@@ -50,14 +50,16 @@ impl Linux {
     }
 
     async fn survey(&self, machine: &Machine) -> Result<Survey, Problems> {
-        let surveyor =
-            Surveyor { paths: &self.paths, images: &self.images, store: &self.store };
+        let surveyor = Surveyor { paths: &self.paths, images: &self.images, store: &self.store };
         surveyor.survey(machine).await
     }
 
     /// How the machine would be started. Kernels never seen before are unpacked first, because
     /// the choice of the board depends on what is in them.
-    pub async fn plan(&self, machine: &Machine) -> Result<Result<Launch, Vec<Unsupported>>, Problems> {
+    pub async fn plan(
+        &self,
+        machine: &Machine,
+    ) -> Result<Result<Launch, Vec<Unsupported>>, Problems> {
         let mut survey = self.survey(machine).await?;
         if launch::unpack_kernels(&survey.steps, &self.paths).await {
             survey = self.survey(machine).await?;

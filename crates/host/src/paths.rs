@@ -28,8 +28,8 @@ impl Paths {
         }
         let home = var("HOME").unwrap_or_else(|| "/".into());
         let state = var("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state"));
-        let run = var("XDG_RUNTIME_DIR")
-            .unwrap_or_else(|| format!("/tmp/lodge-{}", uid.as_raw()).into());
+        let run =
+            var("XDG_RUNTIME_DIR").unwrap_or_else(|| format!("/tmp/lodge-{}", uid.as_raw()).into());
         Self { state: state.join("lodge"), run: run.join("lodge") }
     }
 
@@ -93,16 +93,21 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
 pub fn sibling_program(name: &str) -> io::Result<PathBuf> {
     let own = std::env::current_exe()?;
     let beside = own.with_file_name(name);
-    if beside.exists() { Ok(beside) } else { find_program(name).ok_or(io::ErrorKind::NotFound.into()) }
+    if beside.exists() {
+        Ok(beside)
+    } else {
+        find_program(name).ok_or(io::ErrorKind::NotFound.into())
+    }
 }
 
 /// Looks along PATH and where system programs are.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let extra = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(extra).map(|dir| dir.join(name)).find(|p| {
-        p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok()
-    })
+    std::env::split_paths(&path)
+        .chain(extra)
+        .map(|dir| dir.join(name))
+        .find(|p| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok())
 }
 
 /// Writes a file as a whole or not at all.

@@ -30,7 +30,10 @@ pub struct Tool {
 
 impl Tool {
     pub fn new(program: impl AsRef<Path>) -> Self {
-        let env = [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C.UTF-8")];
+        let env = [
+            ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            ("LC_ALL", "C.UTF-8"),
+        ];
         let env = env.map(|(k, v)| (k.into(), v.into()));
         Self { program: program.as_ref().to_owned(), args: Vec::new(), env: env.into() }
     }

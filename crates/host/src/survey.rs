@@ -10,9 +10,7 @@ use lodge_spec::machine::{Boot, Disk, DiskSource, FileContent, Machine};
 use lodge_spec::names::{ImageName, MachineId};
 use lodge_spec::problem::{Problem, Problems};
 
-use crate::backend::{
-    BootFiles, DiskFiles, DiskFormat, Layer, NicPlace, Step, Survey,
-};
+use crate::backend::{BootFiles, DiskFiles, DiskFormat, Layer, NicPlace, Step, Survey};
 use crate::image::store::Images;
 use crate::image::{Manifest, kernel, layer};
 use crate::net::plan::{NetPlan, tap_name};
@@ -205,10 +203,8 @@ impl Surveyor<'_> {
             let (first, last) = plan.range();
             let range = (u32::from(first), u32::from(last));
             let wanted = nic.address.map(u32::from);
-            let leased = self
-                .store
-                .write(move |c| lease(c, &network, &mac, &id, wanted, range))
-                .await;
+            let leased =
+                self.store.write(move |c| lease(c, &network, &mac, &id, wanted, range)).await;
             match leased {
                 Ok(Some(address)) => places.push(NicPlace {
                     network: self.paths.network(nic.network.as_str()),

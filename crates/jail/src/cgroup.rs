@@ -54,8 +54,10 @@ impl Hierarchy {
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
         let is_root = rustix::process::geteuid().is_root();
         let base = if is_root { root.to_owned() } else { root.join(own) };
-        let missing: Vec<_> =
-            CONTROLLERS.iter().filter(|c| !controllers.split_whitespace().any(|w| w == **c)).collect();
+        let missing: Vec<_> = CONTROLLERS
+            .iter()
+            .filter(|c| !controllers.split_whitespace().any(|w| w == **c))
+            .collect();
         if !missing.is_empty() {
             return Self::None(format!("cgroup v2 offers no {missing:?} controller"));
         }

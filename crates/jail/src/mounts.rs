@@ -33,11 +33,8 @@ struct MountAttr {
 /// Makes the new root and enters it; afterwards no host path can be named.
 pub(crate) fn enter_root(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
     let root = Path::new("/");
-    rustix::mount::mount_change(
-        root,
-        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-    )
-    .map_err(at("make mounts private", root))?;
+    rustix::mount::mount_change(root, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(at("make mounts private", root))?;
     // Root makes device nodes anew, owned by the user inside; others bind what they may open.
     let (nodes, binds): (Vec<&Bind>, Vec<&Bind>) =
         plan.binds.iter().partition(|bind| bind.device && !rootless);
@@ -93,8 +90,7 @@ fn make_node(stage: &Path, bind: &Bind, number: u64, plan: &JailPlan) -> Result<
 }
 
 fn mount_empty(stage: &Path, nodev: bool) -> Result<(), Error> {
-    let devices =
-        if nodev { MountAttrFlags::MOUNT_ATTR_NODEV } else { MountAttrFlags::empty() };
+    let devices = if nodev { MountAttrFlags::MOUNT_ATTR_NODEV } else { MountAttrFlags::empty() };
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)
         .map_err(at("make a root for", stage))?;
     for (key, value) in [("mode", "0755"), ("size", "1m"), ("nr_inodes", "4096")] {

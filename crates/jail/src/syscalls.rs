@@ -224,10 +224,10 @@ pub(crate) fn filter(writes_files: bool) -> Result<BpfProgram, seccompiler::Back
     let thread = Op::MaskedEq(clone_thread);
     when(libc::SYS_clone, vec![SeccompCondition::new(0, Len::Qword, thread, clone_thread)?])?;
     // The first program only: its descriptor is above the limit, so none can be put there again.
-    when(libc::SYS_execveat, vec![
-        is(0, u64::from(FD_LIMIT))?,
-        is(4, libc::AT_EMPTY_PATH as u64)?,
-    ])?;
+    when(
+        libc::SYS_execveat,
+        vec![is(0, u64::from(FD_LIMIT))?, is(4, libc::AT_EMPTY_PATH as u64)?],
+    )?;
     // Signals to its own threads; it is process 1 of its namespace.
     when(libc::SYS_tgkill, vec![is(0, 1)?])?;
     when(libc::SYS_rt_tgsigqueueinfo, vec![is(0, 1)?])?;

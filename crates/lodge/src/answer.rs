@@ -213,7 +213,8 @@ impl Answer {
         let (record, events) = self.past(target).await?;
         let (_, log) = self.keeper.host().console(record.machine.id);
         let console = std::fs::read(log).unwrap_or_default();
-        let console = String::from_utf8_lossy(&console[console.len().saturating_sub(16_384)..]).into_owned();
+        let console =
+            String::from_utf8_lossy(&console[console.len().saturating_sub(16_384)..]).into_owned();
         let lines: Vec<&str> = console.lines().collect();
         let last_start = events.iter().rposition(|e| e.kind == "start").unwrap_or(0);
         let stderr = events[last_start..].iter().filter(|e| e.kind == "stderr");

@@ -26,7 +26,15 @@ pub(crate) async fn connect(paths: &Paths) -> Result<Client> {
 async fn start() -> Result<()> {
     let own = std::env::current_exe()?;
     let mut tool = Tool::new(own).arg("serve");
-    for name in ["LODGE_HOME", "HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "LODGE_QEMU", "http_proxy", "https_proxy"] {
+    for name in [
+        "LODGE_HOME",
+        "HOME",
+        "XDG_STATE_HOME",
+        "XDG_RUNTIME_DIR",
+        "LODGE_QEMU",
+        "http_proxy",
+        "https_proxy",
+    ] {
         if let Some(value) = std::env::var_os(name) {
             tool = tool.env(name, value);
         }

@@ -190,7 +190,9 @@ impl Session {
         let started = match self.summary(Request::Start { target: target.clone() }).await {
             Ok(started) => started,
             Err(error) if keep => {
-                return Err(error.context(format!("{} was created but did not start", created.name)));
+                return Err(
+                    error.context(format!("{} was created but did not start", created.name))
+                );
             }
             Err(error) => {
                 // Nobody named it, so nobody wants it kept.
@@ -394,9 +396,7 @@ impl Session {
     fn show_images(&self, list: Value) -> Result<ExitCode> {
         match self.output {
             Output::Json => print_json(&list),
-            Output::Text => {
-                print(&render::images(list.as_array().map_or(&[], Vec::as_slice)))
-            }
+            Output::Text => print(&render::images(list.as_array().map_or(&[], Vec::as_slice))),
         }
     }
 
@@ -510,7 +510,10 @@ fn plan_text(value: &Value) -> Result<String> {
         );
     }
     for port in &warden.ports {
-        text += &format!("  port {}:{} to guest {}/{}\n", port.ip, port.host, port.guest, port.protocol);
+        text += &format!(
+            "  port {}:{} to guest {}/{}\n",
+            port.ip, port.host, port.guest, port.protocol
+        );
     }
     text += &format!("  control group lodge/{}\n", warden.cgroup.name);
     text += "open:\n";

@@ -46,7 +46,12 @@ pub(crate) fn examine(facts: &Facts) -> Value {
         }
         Hierarchy::None(why) => (false, why.clone()),
     };
-    say("resource limits", ok, detail, Some("sudo loginctl enable-linger $USER  (systemd delegates a cgroup)"));
+    say(
+        "resource limits",
+        ok,
+        detail,
+        Some("sudo loginctl enable-linger $USER  (systemd delegates a cgroup)"),
+    );
     let mut tools = vec![
         ("ip", "iproute2", "makes networks"),
         ("nft", "nftables", "lets guests reach the world"),

@@ -55,7 +55,10 @@ pub enum Command {
 /// What became of a hypervisor while there was no daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    Alive { paused: bool, ready: bool },
+    Alive {
+        paused: bool,
+        ready: bool,
+    },
     /// It ended; `Err` says how, where it was not a shutdown by the guest.
     Ended(Result<(), String>),
 }

@@ -91,7 +91,11 @@ impl<H: Host> Keeper<H> {
                 }
                 Err(reason) => {
                     let broken = Broken { row, reason };
-                    keeper.broken.write().expect("not poisoned").insert(broken.row.id.clone(), broken);
+                    keeper
+                        .broken
+                        .write()
+                        .expect("not poisoned")
+                        .insert(broken.row.id.clone(), broken);
                 }
             }
         }
@@ -219,7 +223,9 @@ impl<H: Host> Keeper<H> {
             .iter()
             .map(|(id, h)| (id.to_string(), h.record().machine.name.to_string(), h))
             .collect();
-        if let Some((_, _, handle)) = named.iter().find(|(id, name, _)| name == target || id == target) {
+        if let Some((_, _, handle)) =
+            named.iter().find(|(id, name, _)| name == target || id == target)
+        {
             return Ok((*handle).clone());
         }
         let begins = |id: &str| target.len() >= 4 && id.starts_with(target);
@@ -254,10 +260,7 @@ impl<H: Host> Keeper<H> {
         let (answer, answered) = oneshot::channel();
         let stop_timeout = stop_timeout.unwrap_or(STOP_TIMEOUT);
         let closed = || Refusal::failed("the machine has just been removed");
-        handle
-            .inbox
-            .send(Message::Ask { verb, stop_timeout, answer })
-            .map_err(|_| closed())?;
+        handle.inbox.send(Message::Ask { verb, stop_timeout, answer }).map_err(|_| closed())?;
         answered.await.map_err(|_| closed())??;
         let published = handle.published.wait_for(|p| wait::settled(verb, p).is_some()).await;
         let published = published.map_err(|_| closed())?.clone();
@@ -297,7 +300,8 @@ impl<H: Host> Keeper<H> {
             }
             for port in &machine.ports {
                 let clash = |o: &&lodge_spec::machine::Port| {
-                    let same_ip = o.ip == port.ip || o.ip.is_unspecified() || port.ip.is_unspecified();
+                    let same_ip =
+                        o.ip == port.ip || o.ip.is_unspecified() || port.ip.is_unspecified();
                     o.host == port.host && o.protocol == port.protocol && same_ip
                 };
                 if other.machine.ports.iter().any(|o| clash(&o)) {
@@ -385,9 +389,8 @@ fn uuid_v4() -> uuid::Uuid {
 
 fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
     use lodge_spec::draft::{CpusDraft, CpusFields, MemoryDraft, MemoryFields, Size};
-    let missing = |list: &str, name: &str| {
-        Refusal::invalid(list, format!("there is none named {name}"))
-    };
+    let missing =
+        |list: &str, name: &str| Refusal::invalid(list, format!("there is none named {name}"));
     match change {
         Change::Cpus { count } => {
             if let Some(CpusDraft::Detailed(CpusFields { count: old, .. })) = &mut draft.cpus {

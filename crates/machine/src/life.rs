@@ -21,13 +21,17 @@ use serde::{Deserialize, Serialize};
 pub enum Verb {
     Start,
     /// Ask the guest to end, or with `force` end it.
-    Stop { force: bool },
+    Stop {
+        force: bool,
+    },
     Restart,
     Reset,
     Pause,
     Resume,
     /// Forget it, with `force` also while it lives.
-    Remove { force: bool },
+    Remove {
+        force: bool,
+    },
 }
 
 impl Verb {
@@ -60,7 +64,10 @@ pub enum Seen {
     StopTimedOut,
     RestartDue,
     /// After a restart of the daemon: the hypervisor is there.
-    Adopted { paused: bool, ready: bool },
+    Adopted {
+        paused: bool,
+        ready: bool,
+    },
 }
 
 /// Effects, to be taken in order.
@@ -164,7 +171,10 @@ pub fn ask(life: &Life, verb: Verb) -> Result<Step, Denied> {
             // An explicit stop beats a restart that is due.
             Ok((Life { restart_due: false, ..life.clone() }, Vec::new()))
         }
-        (Verb::Stop { force }, State::Starting | State::Running | State::Paused | State::Stopping) => {
+        (
+            Verb::Stop { force },
+            State::Starting | State::Running | State::Paused | State::Stopping,
+        ) => {
             let ending = match &life.ending {
                 Some(Ending::Remove) => Ending::Remove,
                 Some(Ending::Stop | Ending::Restart | Ending::Fault(_)) | None => Ending::Stop,
@@ -194,9 +204,7 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         (Seen::Launched, State::Starting) => (now(State::Running), Vec::new()),
         // Asked to end while it was being launched.
         (Seen::Launched, State::Stopping) => (life.clone(), vec![Action::Quit]),
-        (Seen::LaunchFailed(reason), State::Starting) => {
-            ended(life, policy, Ended::Unable(reason))
-        }
+        (Seen::LaunchFailed(reason), State::Starting) => ended(life, policy, Ended::Unable(reason)),
         (Seen::LaunchFailed(reason), State::Stopping) => {
             ended(life, policy, Ended::Failure(reason))
         }
@@ -219,9 +227,7 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         (Seen::RestartDue, State::Stopped | State::Failed) if life.restart_due => {
             start(life, life.restarts)
         }
-        (Seen::Adopted { paused, ready }, state) if state.is_live() => {
-            adopted(life, paused, ready)
-        }
+        (Seen::Adopted { paused, ready }, state) if state.is_live() => adopted(life, paused, ready),
         (
             Seen::Launched
             | Seen::LaunchFailed(_)

@@ -194,7 +194,13 @@ pub fn put_event(c: &Connection, mut event: Event) -> rusqlite::Result<Event> {
     c.prepare_cached(
         "INSERT INTO events (at_us, id, name, kind, detail) VALUES (?1, ?2, ?3, ?4, ?5)",
     )?
-    .execute(params![event.at_us, event.id.to_string(), event.name, event.kind, event.detail])?;
+    .execute(params![
+        event.at_us,
+        event.id.to_string(),
+        event.name,
+        event.kind,
+        event.detail
+    ])?;
     event.seq = c.last_insert_rowid();
     if event.seq % 1000 == 0 {
         c.execute("DELETE FROM events WHERE seq <= ?1", [event.seq - KEPT_EVENTS])?;

@@ -26,9 +26,17 @@ pub(crate) struct Published {
 }
 
 pub(crate) enum Message {
-    Ask { verb: Verb, stop_timeout: Duration, answer: oneshot::Sender<Result<(), Refusal>> },
+    Ask {
+        verb: Verb,
+        stop_timeout: Duration,
+        answer: oneshot::Sender<Result<(), Refusal>>,
+    },
     /// A change and the whole description after it.
-    Change { change: Change, machine: Box<Machine>, answer: oneshot::Sender<Result<(), Refusal>> },
+    Change {
+        change: Change,
+        machine: Box<Machine>,
+        answer: oneshot::Sender<Result<(), Refusal>>,
+    },
     LaunchDone(Result<Running, String>),
     /// A timer of the given generation has run out.
     Timer(u64, Seen),

@@ -15,7 +15,9 @@ pub(crate) fn settled(verb: Verb, published: &Published) -> Option<Result<(), Re
     match verb {
         _ if published.forgotten => match verb {
             Verb::Start | Verb::Restart => gave_up(name, life),
-            Verb::Stop { .. } | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Remove { .. } => fine,
+            Verb::Stop { .. } | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Remove { .. } => {
+                fine
+            }
         },
         Verb::Remove { .. } => None,
         Verb::Start | Verb::Restart => match life.state {
@@ -23,7 +25,13 @@ pub(crate) fn settled(verb: Verb, published: &Published) -> Option<Result<(), Re
             State::Created | State::Stopped | State::Failed | State::Broken => gave_up(name, life),
             State::Starting | State::Stopping => None,
         },
-        Verb::Stop { .. } => if life.state.is_live() { None } else { fine },
+        Verb::Stop { .. } => {
+            if life.state.is_live() {
+                None
+            } else {
+                fine
+            }
+        }
         Verb::Pause => until(State::Paused, life, name),
         Verb::Resume => until(State::Running, life, name),
         Verb::Reset => fine,

@@ -1,9 +1,7 @@
 //! What a machine needs and what a backend has, as data; choosing is comparing the two.
 //! Knows no binary: capabilities are filled in by whoever probed one.
 
-use crate::machine::{
-    Boot, DiskBus, Firmware, Machine, Media, NicModel,
-};
+use crate::machine::{Boot, DiskBus, Firmware, Machine, Media, NicModel};
 
 /// Something that a backend has or lacks. The order is that of explanations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -24,8 +24,7 @@ pub fn parse(text: &str) -> Result<Draft, Problems> {
         return Err(Problems(vec![Problem::new("", "the document is not a group of fields")]));
     }
     schema::check(&value).or(())?;
-    serde_json::from_value(value)
-        .map_err(|error| Problems(vec![Problem::new("", error)]))
+    serde_json::from_value(value).map_err(|error| Problems(vec![Problem::new("", error)]))
 }
 
 /// The JSON Schema of the document, as committed in `docs/machine.schema.json`.

@@ -349,10 +349,9 @@ fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
                 ..empty
             }),
         ),
-        Boot::Image { image, cmdline } => (
-            Some(image.to_string()),
-            Some(BootDraft { cmdline: Some(cmdline.clone()), ..empty }),
-        ),
+        Boot::Image { image, cmdline } => {
+            (Some(image.to_string()), Some(BootDraft { cmdline: Some(cmdline.clone()), ..empty }))
+        }
     }
 }
 

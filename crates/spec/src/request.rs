@@ -17,35 +17,92 @@ pub type Target = String;
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
     Ping,
-    Create { draft: Box<Draft> },
-    Plan { draft: Box<Draft> },
-    Start { target: Target },
-    Stop { target: Target, force: bool, timeout_ms: u64 },
-    Restart { target: Target, timeout_ms: u64 },
-    Reset { target: Target },
-    Pause { target: Target },
-    Resume { target: Target },
-    Remove { target: Target, force: bool },
-    Update { target: Target, change: Change },
-    List { all: bool },
-    Inspect { target: Target },
-    Why { target: Target },
-    Timeline { target: Target },
+    Create {
+        draft: Box<Draft>,
+    },
+    Plan {
+        draft: Box<Draft>,
+    },
+    Start {
+        target: Target,
+    },
+    Stop {
+        target: Target,
+        force: bool,
+        timeout_ms: u64,
+    },
+    Restart {
+        target: Target,
+        timeout_ms: u64,
+    },
+    Reset {
+        target: Target,
+    },
+    Pause {
+        target: Target,
+    },
+    Resume {
+        target: Target,
+    },
+    Remove {
+        target: Target,
+        force: bool,
+    },
+    Update {
+        target: Target,
+        change: Change,
+    },
+    List {
+        all: bool,
+    },
+    Inspect {
+        target: Target,
+    },
+    Why {
+        target: Target,
+    },
+    Timeline {
+        target: Target,
+    },
     /// Ends with one `Summary` when the condition holds, or a refusal when it cannot any more.
-    Wait { target: Target, until: Condition, timeout_ms: Option<u64> },
+    Wait {
+        target: Target,
+        until: Condition,
+        timeout_ms: Option<u64>,
+    },
     /// A stream of `Event` replies; after the past ones it goes on when `follow` is set.
-    Events { target: Option<Target>, follow: bool },
+    Events {
+        target: Option<Target>,
+        follow: bool,
+    },
     /// Where the machine's console and its log are.
-    Console { target: Target },
+    Console {
+        target: Target,
+    },
     Doctor,
-    Gc { dry_run: bool },
+    Gc {
+        dry_run: bool,
+    },
     /// A stream of `Progress`, then `Image`.
-    ImageBuild { name: ImageName, size: Option<u64>, packages: Vec<String> },
-    ImageAdd { path: String, name: Option<ImageName> },
+    ImageBuild {
+        name: ImageName,
+        size: Option<u64>,
+        packages: Vec<String>,
+    },
+    ImageAdd {
+        path: String,
+        name: Option<ImageName>,
+    },
     ImageList,
-    ImageInspect { name: ImageName },
-    ImageRemove { name: ImageName },
-    ImageVerify { name: Option<ImageName> },
+    ImageInspect {
+        name: ImageName,
+    },
+    ImageRemove {
+        name: ImageName,
+    },
+    ImageVerify {
+        name: Option<ImageName>,
+    },
 }
 
 /// One change to a machine, live where it runs.
@@ -72,16 +129,38 @@ pub enum Condition {
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
     Done,
-    Pong { version: String, pid: u32 },
-    Summary { machine: Summary },
-    List { machines: Vec<Summary> },
+    Pong {
+        version: String,
+        pid: u32,
+    },
+    Summary {
+        machine: Summary,
+    },
+    List {
+        machines: Vec<Summary>,
+    },
     /// A document with a shape documented beside its command.
-    Document { value: Value },
-    Text { text: String },
-    Event { event: Event },
-    Progress { message: String, done: u64, total: u64 },
-    Console { socket: String, log: String },
-    Refused { refusal: Refusal },
+    Document {
+        value: Value,
+    },
+    Text {
+        text: String,
+    },
+    Event {
+        event: Event,
+    },
+    Progress {
+        message: String,
+        done: u64,
+        total: u64,
+    },
+    Console {
+        socket: String,
+        log: String,
+    },
+    Refused {
+        refusal: Refusal,
+    },
 }
 
 /// Why something was not done.

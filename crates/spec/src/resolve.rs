@@ -14,7 +14,8 @@ use crate::draft::{
 };
 use crate::machine::{
     Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
-    Machine, Media, Memory, Nic, NicModel, Port, Protocol, Readiness, Restart, RestartPolicy, Share,
+    Machine, Media, Memory, Nic, NicModel, Port, Protocol, Readiness, Restart, RestartPolicy,
+    Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
@@ -311,12 +312,15 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
             return None;
         }
     };
-    let name: DeviceName =
-        parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("disk{i}"))))?;
+    let name: DeviceName = parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("disk{i}"))))?;
     let serial = serial.unwrap_or_else(|| name.as_str().chars().take(20).collect());
-    if serial.len() > 20 || !serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    if serial.len() > 20
+        || !serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     {
-        p.add(at("serial"), "a serial has at most 20 letters, digits, hyphens, dots or underscores");
+        p.add(
+            at("serial"),
+            "a serial has at most 20 letters, digits, hyphens, dots or underscores",
+        );
     }
     let read_only = read_only.unwrap_or(false) || media == Media::Cdrom;
     Some(Disk { name, source, bus, media, read_only, serial })

@@ -27,7 +27,9 @@ impl Bytes {
 /// Why a text is no size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizeError {
-    #[error("{0:?} is not a size; write a number of bytes or a number with KiB, MiB, GiB, KB, MB or GB")]
+    #[error(
+        "{0:?} is not a size; write a number of bytes or a number with KiB, MiB, GiB, KB, MB or GB"
+    )]
     Shape(String),
     #[error("{0:?} does not fit in 64 bits")]
     TooLarge(String),

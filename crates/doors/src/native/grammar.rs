@@ -4,13 +4,17 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
-use lodge_spec::draft::{BootDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size};
+use lodge_spec::draft::{
+    BootDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size,
+};
 
 /// Describe, build, boot, confine and look after virtual machines.
 #[derive(Debug, Parser)]
 #[command(name = "lodge", version, propagate_version = true, disable_help_subcommand = true)]
-#[command(after_help = "Example:\n  lodge image build debian-12\n  lodge run debian-12 --name web \
-                        --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22")]
+#[command(
+    after_help = "Example:\n  lodge image build debian-12\n  lodge run debian-12 --name web \
+                        --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22"
+)]
 pub struct Cli {
     /// How to print: for people, or as JSON.
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Text)]
@@ -28,7 +32,9 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Create a machine and start it.
-    #[command(after_help = "Example:\n  lodge run debian-12 --name web --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22\n  lodge run --kernel vmlinuz --initrd initrd --append console=ttyS0 --ready 'console:login:' --wait ready")]
+    #[command(
+        after_help = "Example:\n  lodge run debian-12 --name web --ssh-key ~/.ssh/id_ed25519.pub --port 2222:22\n  lodge run --kernel vmlinuz --initrd initrd --append console=ttyS0 --ready 'console:login:' --wait ready"
+    )]
     Run(Box<Run>),
     /// Create a machine from a document (YAML, JSON or TOML; - is standard input).
     #[command(after_help = "Example:\n  lodge create web.yaml")]
@@ -86,7 +92,9 @@ pub enum Verb {
     #[command(after_help = "Example:\n  lodge set web --cpus 2\n  lodge set web --add-disk 10GB")]
     Set(Set),
     /// List machines: those that live, or all.
-    #[command(after_help = "Example:\n  lodge ls -a\n  lodge ls -o json\n\nJSON: an array of objects with id, name, state, reason, backend, accel, cpus, memory_bytes, ready, address, created_at.")]
+    #[command(
+        after_help = "Example:\n  lodge ls -a\n  lodge ls -o json\n\nJSON: an array of objects with id, name, state, reason, backend, accel, cpus, memory_bytes, ready, address, created_at."
+    )]
     Ls {
         #[arg(long, short)]
         all: bool,
@@ -128,7 +136,9 @@ pub enum Verb {
     #[command(after_help = "Example:\n  lodge timeline web")]
     Timeline { name: String },
     /// How a machine would be started, and what each backend lacks. Changes nothing.
-    #[command(after_help = "Example:\n  lodge plan web.yaml\n  lodge plan --kernel vmlinuz --initrd initrd")]
+    #[command(
+        after_help = "Example:\n  lodge plan web.yaml\n  lodge plan --kernel vmlinuz --initrd initrd"
+    )]
     Plan(Box<Plan>),
     /// Why a machine failed: its events, the hypervisor's and the guest's last words.
     #[command(after_help = "Example:\n  lodge why web")]
@@ -174,7 +184,9 @@ pub enum Until {
 #[derive(Debug, Subcommand)]
 pub enum Image {
     /// Build an image out of distribution packages.
-    #[command(after_help = "Example:\n  lodge image build debian-12 --size 4GB --packages curl,git")]
+    #[command(
+        after_help = "Example:\n  lodge image build debian-12 --size 4GB --packages curl,git"
+    )]
     Build {
         name: String,
         /// Size of its disk; 2 GB when absent.
@@ -323,8 +335,22 @@ impl MachineFlags {
     /// The draft that the flags describe. Reads the key files; errors name the flag.
     pub fn draft(self, image: Option<String>) -> Result<Draft, String> {
         let Self {
-            name, cpus, memory, kernel, initrd, append, disk, cdrom, port, net, backend, accel,
-            file, ssh_key, ready, rm,
+            name,
+            cpus,
+            memory,
+            kernel,
+            initrd,
+            append,
+            disk,
+            cdrom,
+            port,
+            net,
+            backend,
+            accel,
+            file,
+            ssh_key,
+            ready,
+            rm,
         } = self;
         let boots = kernel.is_some() || initrd.is_some() || append.is_some();
         let boot = boots.then(|| BootDraft {

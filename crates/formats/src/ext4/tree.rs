@@ -191,8 +191,9 @@ impl Tree {
             Entry::Link { path, target } => {
                 let found = self.by_path.get(&target).copied();
                 let found = found.filter(|i| !matches!(self.nodes[*i].kind, Kind::Directory));
-                let index =
-                    found.ok_or_else(|| Error::entry(&path, format!("links to {target}, which is no file")))?;
+                let index = found.ok_or_else(|| {
+                    Error::entry(&path, format!("links to {target}, which is no file"))
+                })?;
                 self.name(&path, index)?;
                 *self.links.entry(index).or_insert(1) += 1;
                 Ok(None)

@@ -135,7 +135,10 @@ fn first_words(text: &str) -> BTreeSet<String> {
 
 /// Lines such as `name "virtio-blk-pci", bus PCI, alias "virtio-blk"`.
 fn device_names(text: &str) -> BTreeSet<String> {
-    text.lines().filter_map(|l| l.strip_prefix("name \"")?.split('"').next()).map(str::to_owned).collect()
+    text.lines()
+        .filter_map(|l| l.strip_prefix("name \"")?.split('"').next())
+        .map(str::to_owned)
+        .collect()
 }
 
 #[cfg(test)]

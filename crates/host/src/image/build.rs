@@ -44,7 +44,9 @@ impl Images {
             return Err(Refusal::invalid("name", message));
         }
         let sound = |p: &String| {
-            !p.is_empty() && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
+            !p.is_empty()
+                && p.bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
         };
         if let Some(odd) = packages.iter().find(|p| !sound(p)) {
             return Err(Refusal::invalid("packages", format!("{odd:?} is not a package name")));
@@ -55,11 +57,13 @@ impl Images {
         let tree = work.path().join("tree.tar");
         self.bootstrap(work.path(), &tree, packages, &tell).await?;
         let (own, name, blobs) = (self.clone(), name.clone(), tell.clone());
-        let list: Vec<&str> = recipe::PACKAGES.iter().copied().chain(packages.iter().map(String::as_str)).collect();
+        let list: Vec<&str> =
+            recipe::PACKAGES.iter().copied().chain(packages.iter().map(String::as_str)).collect();
         let made_from = format!("Debian {} packages: {}", recipe::SUITE, list.join(" "));
         let made = move || own.assemble(&tree, size, &blobs);
         let made = tokio::task::spawn_blocking(made).await.map_err(Refusal::failed)?;
-        let (kernel, initrd, disk) = made.map_err(|e| Refusal::failed(format!("building {name}: {e}")))?;
+        let (kernel, initrd, disk) =
+            made.map_err(|e| Refusal::failed(format!("building {name}: {e}")))?;
         let manifest = Manifest {
             name,
             kernel: Some(kernel),
@@ -142,8 +146,7 @@ impl Images {
             let pair = std::str::from_utf8(pair).unwrap_or("00");
             *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
         }
-        let options =
-            ext4::Options { size, label: "root".into(), uuid, time: 1_700_000_000 };
+        let options = ext4::Options { size, label: "root".into(), uuid, time: 1_700_000_000 };
         let (kernel, initrd) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
         let archive = BufReader::with_capacity(1 << 20, File::open(tree).map_err(text)?);
         ext4::write_tar(archive, part.as_file(), &options, |done| {

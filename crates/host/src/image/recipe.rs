@@ -26,7 +26,8 @@ pub(super) const CMDLINE: &str = "console=ttyS0 root=/dev/vda rw quiet";
 pub(super) const READY: &str = "console:^lodge-ready";
 
 /// Kernel modules of the initial RAM disk: what finds the root on every board.
-const MODULES: &str = "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\ncrc32c_generic\n";
+const MODULES: &str =
+    "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\ncrc32c_generic\n";
 
 /// There before the kernel's package is, which builds the initial RAM disk.
 pub(super) const EARLY: &[Overlay] = &[
@@ -41,7 +42,11 @@ pub(super) const LATE: &[Overlay] = &[
     ("etc/machine-id", 0o444, ""),
     ("etc/systemd/network/50-lodge.network", 0o644, NETWORK),
     // One key, made at first boot; the slow kinds are nobody's need.
-    ("etc/ssh/sshd_config.d/lodge.conf", 0o644, "HostKey /etc/ssh/ssh_host_ed25519_key\nUseDNS no\n"),
+    (
+        "etc/ssh/sshd_config.d/lodge.conf",
+        0o644,
+        "HostKey /etc/ssh/ssh_host_ed25519_key\nUseDNS no\n",
+    ),
     ("usr/lib/lodge/guest-setup", 0o755, SETUP),
     ("etc/systemd/system/lodge-setup.service", 0o644, SETUP_UNIT),
     ("etc/systemd/system/lodge-ready.service", 0o644, READY_UNIT),
@@ -49,9 +54,18 @@ pub(super) const LATE: &[Overlay] = &[
 
 /// Links of the image: path and target.
 pub(super) const LINKS: &[(&str, &str)] = &[
-    ("etc/systemd/system/sysinit.target.wants/lodge-setup.service", "/etc/systemd/system/lodge-setup.service"),
-    ("etc/systemd/system/multi-user.target.wants/lodge-ready.service", "/etc/systemd/system/lodge-ready.service"),
-    ("etc/systemd/system/multi-user.target.wants/systemd-networkd.service", "/lib/systemd/system/systemd-networkd.service"),
+    (
+        "etc/systemd/system/sysinit.target.wants/lodge-setup.service",
+        "/etc/systemd/system/lodge-setup.service",
+    ),
+    (
+        "etc/systemd/system/multi-user.target.wants/lodge-ready.service",
+        "/etc/systemd/system/lodge-ready.service",
+    ),
+    (
+        "etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
+        "/lib/systemd/system/systemd-networkd.service",
+    ),
     ("etc/systemd/system/apt-daily.timer", "/dev/null"),
     ("etc/systemd/system/apt-daily-upgrade.timer", "/dev/null"),
     ("etc/systemd/system/systemd-networkd-wait-online.service", "/dev/null"),

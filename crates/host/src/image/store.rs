@@ -90,10 +90,18 @@ impl Images {
         let mut start = vec![0; sniff::LOOK];
         let count = File::open(path).and_then(|f| f.take(sniff::LOOK as u64).read(&mut start));
         match sniff::kind(&start[..count.map_err(Refusal::failed)?]) {
-            sniff::Kind::Qcow2 | sniff::Kind::Partitioned | sniff::Kind::Ext4
-            | sniff::Kind::Iso9660 | sniff::Kind::Unknown => {}
-            other @ (sniff::Kind::BzImage | sniff::Kind::Elf | sniff::Kind::Cpio
-            | sniff::Kind::Tar | sniff::Kind::Gzip | sniff::Kind::Xz | sniff::Kind::Zstd) => {
+            sniff::Kind::Qcow2
+            | sniff::Kind::Partitioned
+            | sniff::Kind::Ext4
+            | sniff::Kind::Iso9660
+            | sniff::Kind::Unknown => {}
+            other @ (sniff::Kind::BzImage
+            | sniff::Kind::Elf
+            | sniff::Kind::Cpio
+            | sniff::Kind::Tar
+            | sniff::Kind::Gzip
+            | sniff::Kind::Xz
+            | sniff::Kind::Zstd) => {
                 let message = format!("{} is {other}; an image is a disk", path.display());
                 return Err(Refusal::Failed { message });
             }
@@ -160,9 +168,9 @@ impl Images {
             return Err(Refusal::Taken { what: "image".into(), value: name.to_string(), holder });
         }
         let key = name.to_string();
-        let deleted = self.store.write(move |c| {
-            c.execute("DELETE FROM images WHERE name = ?1", [key]).map(drop)
-        });
+        let deleted = self
+            .store
+            .write(move |c| c.execute("DELETE FROM images WHERE name = ?1", [key]).map(drop));
         deleted.await.map_err(Refusal::failed)?;
         let rest = self.list().await?;
         let kept: Vec<&Blob> = rest.iter().flat_map(Manifest::blobs).collect();
@@ -180,7 +188,8 @@ impl Images {
             for blob in blobs {
                 let path = own.path(&blob);
                 let found = digest_of(&path);
-                let found = found.map_err(|e| Refusal::failed(format!("{}: {e}", path.display())))?;
+                let found =
+                    found.map_err(|e| Refusal::failed(format!("{}: {e}", path.display())))?;
                 if found != blob.sha256.as_str() {
                     let message = format!(
                         "image {name}: {} has the digest {found}; it was changed or damaged, build \

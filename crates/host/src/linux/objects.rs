@@ -105,9 +105,8 @@ impl Linux {
 
 fn entries(dir: &Path) -> Vec<(PathBuf, String)> {
     let list = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut list: Vec<_> = list
-        .map(|e| (e.path(), e.file_name().to_string_lossy().into_owned()))
-        .collect();
+    let mut list: Vec<_> =
+        list.map(|e| (e.path(), e.file_name().to_string_lossy().into_owned())).collect();
     list.sort();
     list
 }

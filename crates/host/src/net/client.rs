@@ -17,8 +17,16 @@ use crate::fdpass::{self, Lines};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
 pub(crate) enum NetAsk {
-    Attach { interface: String, mac: Mac, address: Ipv4Addr, hostname: String },
-    Dial { address: SocketAddr, protocol: Protocol },
+    Attach {
+        interface: String,
+        mac: Mac,
+        address: Ipv4Addr,
+        hostname: String,
+    },
+    Dial {
+        address: SocketAddr,
+        protocol: Protocol,
+    },
     /// End if nobody is attached.
     Leave,
 }
@@ -30,9 +38,13 @@ pub(crate) enum Notice {
     Attached,
     /// The socket comes with it.
     Dialled,
-    Refused { why: String },
+    Refused {
+        why: String,
+    },
     /// The guest has taken its address.
-    Leased { address: Ipv4Addr },
+    Leased {
+        address: Ipv4Addr,
+    },
 }
 
 pub(crate) fn socket(network: &Path) -> PathBuf {

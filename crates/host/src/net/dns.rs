@@ -17,10 +17,7 @@ pub(super) enum Verdict {
     Ignore,
 }
 
-pub(super) fn judge(
-    packet: &[u8],
-    find: impl Fn(&str) -> Option<Ipv4Addr>,
-) -> Verdict {
+pub(super) fn judge(packet: &[u8], find: impl Fn(&str) -> Option<Ipv4Addr>) -> Verdict {
     let Ok(query) = Packet::parse(packet) else { return Verdict::Ignore };
     let [question] = query.questions.as_slice() else { return Verdict::Ignore };
     if query.has_flags(PacketFlag::RESPONSE) {
@@ -74,7 +71,9 @@ mod tests {
     #[test]
     fn neighbours_are_known_strangers_are_not_and_the_world_is_asked() {
         for name in ["web", "WEB", "web.lodge"] {
-            let Verdict::Answer(bytes) = judge(&query(name, TYPE::A), find) else { panic!("{name}") };
+            let Verdict::Answer(bytes) = judge(&query(name, TYPE::A), find) else {
+                panic!("{name}")
+            };
             let answer = Packet::parse(&bytes).unwrap();
             assert_eq!(answer.answers.len(), 1, "{name}");
             assert_eq!(answer.id(), 9);

@@ -34,10 +34,13 @@ fn socket_inodes(port: u16, protocol: Protocol) -> Vec<String> {
     for table in [format!("/proc/net/{protocol}"), format!("/proc/net/{protocol}6")] {
         for line in fs::read_to_string(table).unwrap_or_default().lines().skip(1) {
             let fields: Vec<&str> = line.split_whitespace().collect();
-            let [_, local, _, state, .., ] = fields.as_slice() else { continue };
+            let [_, local, _, state, ..] = fields.as_slice() else { continue };
             let same = local.ends_with(&format!(":{port:04X}"));
             let bound = protocol == Protocol::Udp || *state == LISTEN;
-            if same && bound && let Some(inode) = fields.get(9) {
+            if same
+                && bound
+                && let Some(inode) = fields.get(9)
+            {
                 list.push((*inode).to_owned());
             }
         }

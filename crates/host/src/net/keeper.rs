@@ -221,7 +221,9 @@ async fn serve_dhcp(network: Rc<Network>, socket: UdpSocket) {
         };
         let Some(answer) = answer else { continue };
         let _ = socket.send_to(&answer.packet, (Ipv4Addr::BROADCAST, 68)).await;
-        if let Some(member) = answer.taken.as_ref().and_then(|m| network.members.borrow().get(m).map(|m| (m.notices.clone(), m.place.address))) {
+        if let Some(member) = answer.taken.as_ref().and_then(|m| {
+            network.members.borrow().get(m).map(|m| (m.notices.clone(), m.place.address))
+        }) {
             let (notices, address) = member;
             let _ = notices.send(Notice::Leased { address });
         }

@@ -31,7 +31,9 @@ impl NetPlan {
             _ => 3 + (hash % 250) as u8,
         };
         let [high, low] = ((hash % 0x3fff) as u16 * 4).to_be_bytes();
-        let link = |last: u8| Ipv4Addr::new(100, 64 + (high >> 6), (high << 2) | (low >> 6), (low & 0x3c) | last);
+        let link = |last: u8| {
+            Ipv4Addr::new(100, 64 + (high >> 6), (high << 2) | (low >> 6), (low & 0x3c) | last)
+        };
         Self {
             name: name.clone(),
             base: Ipv4Addr::new(10, 0, third, 0),

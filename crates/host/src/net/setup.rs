@@ -52,9 +52,8 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
         names = plan.names(),
         script = plan.script(),
     );
-    let mut rules = String::from(
-        "table ip lodge {\n chain out {\n  type nat hook postrouting priority 100;\n",
-    );
+    let mut rules =
+        String::from("table ip lodge {\n chain out {\n  type nat hook postrouting priority 100;\n");
     if let Some(pid) = host_pid {
         let (host, own) = plan.uplink;
         batch += &format!(

@@ -168,7 +168,8 @@ mod tests {
         log.write(b"the end");
         assert!(log.history().ends_with(b"the end"));
         assert!(numbered(&path, 3).exists() && !numbered(&path, 4).exists());
-        let whole: u64 = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        let whole: u64 =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
         assert!(whole < 45 << 20, "{whole}");
     }
 }

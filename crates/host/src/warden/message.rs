@@ -19,12 +19,22 @@ pub enum Started {
 #[serde(tag = "tell", rename_all = "snake_case")]
 pub enum Tell {
     Status(Status),
-    Ready { at_us: i64 },
-    Panic { line: String },
-    Mark { kind: String, detail: String, at_us: i64 },
+    Ready {
+        at_us: i64,
+    },
+    Panic {
+        line: String,
+    },
+    Mark {
+        kind: String,
+        detail: String,
+        at_us: i64,
+    },
     Exited(Exit),
     /// The answer to `Ask::Tap`; the descriptor comes with it.
-    Tap { error: Option<String> },
+    Tap {
+        error: Option<String>,
+    },
 }
 
 /// What has happened so far.

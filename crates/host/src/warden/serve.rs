@@ -79,7 +79,8 @@ async fn run(started: Started) {
         watch_network(&shared, interface, connection, ready == "dhcp");
     }
     if let Some(tap) = plan.taps.first() {
-        let guest = |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
+        let guest =
+            |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
         for (port, bound) in listeners {
             tokio::task::spawn_local(forward::serve(bound, guest(port.guest)));
         }

@@ -161,7 +161,8 @@ fn why_jail(why: String, stderr: &mut std::process::ChildStderr) -> String {
     // Whoever held the other end has ended, so this ends too.
     let mut said = String::new();
     let flags = rustix::fs::fcntl_getfl(stderr.as_fd());
-    let nonblocking = flags.map(|f| rustix::fs::fcntl_setfl(stderr.as_fd(), f | rustix::fs::OFlags::NONBLOCK));
+    let nonblocking =
+        flags.map(|f| rustix::fs::fcntl_setfl(stderr.as_fd(), f | rustix::fs::OFlags::NONBLOCK));
     if nonblocking.is_ok() {
         let _ = stderr.read_to_string(&mut said);
     }

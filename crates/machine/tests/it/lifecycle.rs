@@ -123,9 +123,7 @@ async fn a_launch_that_fails_leaves_nothing_and_says_why() {
 fn daemons_come_and_go_and_guests_stay() {
     let dir = tempfile::tempdir().unwrap();
     let host = FakeHost::default();
-    let daemon = || {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
-    };
+    let daemon = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let first = daemon();
     first.block_on(async {
         let keeper = keeper(dir.path(), &host).await;

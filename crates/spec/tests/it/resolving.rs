@@ -90,8 +90,7 @@ fn private_keys_are_not_taken() {
 
 #[test]
 fn ports_as_people_write_them() {
-    let machine =
-        machine("{ports: ['2222:22', '0.0.0.0:80:8080', '[::1]:53:53/udp']}").unwrap();
+    let machine = machine("{ports: ['2222:22', '0.0.0.0:80:8080', '[::1]:53:53/udp']}").unwrap();
     let ports: Vec<_> = machine.ports.iter().map(ToString::to_string).collect();
     assert_eq!(ports, ["127.0.0.1:2222:22/tcp", "0.0.0.0:80:8080/tcp", "[::1]:53:53/udp"]);
 }

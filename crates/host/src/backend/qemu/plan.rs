@@ -180,10 +180,7 @@ fn identity(args: &mut Arguments, machine: &Machine) {
     args.add("-display", "none");
     args.add("-vga", "none");
     args.add("-rtc", "base=utc");
-    args.add(
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    );
+    args.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 }
 
 fn processor(
@@ -228,10 +225,13 @@ fn processor(
         format!("cpus={count},maxcpus={max},sockets={sockets},cores={cores},threads={threads}"),
     );
     let (size, most) = (machine.memory.size.as_mib(), machine.memory.max.as_mib());
-    args.add("-m", match most > size {
-        true => format!("size={size}M,slots=16,maxmem={most}M"),
-        false => format!("size={size}M"),
-    });
+    args.add(
+        "-m",
+        match most > size {
+            true => format!("size={size}M,slots=16,maxmem={most}M"),
+            false => format!("size={size}M"),
+        },
+    );
 }
 
 fn boot(
@@ -306,9 +306,12 @@ fn warden(
     };
     let mut all: Vec<Bind> = qemu.program.files.iter().map(code).collect();
     all.extend(qemu.data.iter().map(|path| Bind { executable: false, ..code(path) }));
+    let device =
+        |path: &str| Bind { device: true, writable: true, executable: false, ..code(&path.into()) };
+    // QEMU tries file locks out on it.
+    all.push(device("/dev/null"));
     if accel == Accel::Kvm {
-        let path = "/dev/kvm".into();
-        all.push(Bind { device: true, writable: true, executable: false, ..code(&path) });
+        all.push(device("/dev/kvm"));
     }
     all.extend(binds);
     let id = machine.id;

@@ -186,9 +186,10 @@ pub(crate) fn disk_device(disk: &Disk, virtio: &str) -> String {
 }
 
 fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootDevice]) {
-    let nodes = block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |layer, writable| {
-        args.file(&layer.path, writable)
-    });
+    let nodes =
+        block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |layer, writable| {
+            args.file(&layer.path, writable)
+        });
     for node in nodes {
         args.add("-blockdev", node.to_string());
     }
@@ -271,8 +272,7 @@ fn add_share(args: &mut Arguments, share: &Share) {
 /// The firmware's code, shared by all, and its variables, which are the machine's own.
 pub(super) fn uefi(args: &mut Arguments, code: &Path, survey: &Survey) {
     let vars = survey.state.join("uefi-vars.fd");
-    for (name, path, writable) in
-        [("uefi-code", code, false), ("uefi-vars", vars.as_path(), true)]
+    for (name, path, writable) in [("uefi-code", code, false), ("uefi-vars", vars.as_path(), true)]
     {
         let filename = args.file(path, writable);
         let node = json!({

@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need.
+BUILD := gcc libc6-dev
+RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprogs
+TEST := $(RUN) busybox-static cpio socat slirp4netns uidmap python3 isolinux genisoimage
+
+.PHONY: demo test check vm-test bench build install
+
+demo:
+	@scripts/deps.sh $(BUILD) $(RUN)
+	@cargo build --quiet --release
+	@scripts/demo.sh
+
+build:
+	@scripts/deps.sh $(BUILD)
+	cargo build --release
+
+# No root, no guest.
+check:
+	@scripts/deps.sh $(BUILD) e2fsprogs
+	cargo xtask check
+
+# Everything, real guests included.
+test:
+	@scripts/deps.sh $(BUILD) $(TEST)
+	cargo xtask check
+	cargo xtask vm-test
+
+vm-test:
+	@scripts/deps.sh $(BUILD) $(TEST)
+	cargo xtask vm-test
+
+bench:
+	@scripts/deps.sh $(BUILD) $(TEST)
+	cargo build --quiet --release
+	cargo xtask bench
+
+install: build
+	install -D -m 0755 target/release/lodge $(DESTDIR)/usr/local/bin/lodge
+	install -D -m 0755 target/release/lodge-jail $(DESTDIR)/usr/local/bin/lodge-jail
+	install -D -m 0644 dist/lodge.service $(DESTDIR)/etc/systemd/system/lodge.service

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Installs what is missing from Debian's packages; says exactly what. Arguments: package names.
+set -eu
+missing=""
+for package in "$@"; do
+    if ! dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then
+        missing="$missing $package"
+    fi
+done
+if ! command -v cargo >/dev/null 2>&1; then
+    echo "Rust is missing: install rustc and cargo 1.89 or newer (https://rustup.rs), then run this again." >&2
+    exit 1
+fi
+[ -z "$missing" ] && exit 0
+echo "Installing from Debian's packages:$missing" >&2
+sudo=""
+if [ "$(id -u)" != 0 ]; then
+    sudo=sudo
+fi
+# shellcheck disable=SC2086
+{
+    $sudo apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+}
