@@ -15,6 +15,8 @@ use crate::answer::Answer;
 
 /// Serves until it is killed. Says `ready` on standard output when it can be asked.
 pub(crate) fn serve() -> Result<()> {
+    // Whoever started us may have left descriptors open that we would hold for ever.
+    lodge_host::proc::close_inherited();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_stack_size(512 << 10)

@@ -1,7 +1,7 @@
 //! The network keeper (`lodge netd`): one process per network that lives in its namespace, makes
 //! taps, answers DHCP and names, and hands out sockets. Like a warden it outlives the daemon.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -35,7 +35,8 @@ struct Network {
     members: RefCell<HashMap<Mac, Member>>,
     /// Something has attached or left.
     changed: Notify,
-    leave: Notify,
+    /// Asked to end as soon as nobody is attached.
+    leaving: Cell<bool>,
 }
 
 /// The program `lodge netd DIR NAME`. Says `ready` or an error on standard output.
@@ -105,7 +106,7 @@ async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Resul
         plan,
         members: RefCell::default(),
         changed: Notify::new(),
-        leave: Notify::new(),
+        leaving: Cell::new(false),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
     tokio::task::spawn_local(serve_names(network.clone(), names, outside));
@@ -114,13 +115,15 @@ async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Resul
     let _ = stdout.flush();
     loop {
         let idle = network.members.borrow().is_empty();
+        if idle && network.leaving.get() {
+            return Ok(());
+        }
         tokio::select! {
             accepted = listener.accept() => {
                 let (stream, _) = accepted.map_err(text("listening"))?;
                 tokio::task::spawn_local(converse(network.clone(), stream));
             }
             () = network.changed.notified() => {}
-            () = network.leave.notified() => return Ok(()),
             () = tokio::time::sleep(IDLE), if idle => return Ok(()),
         }
     }
@@ -146,9 +149,8 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
                 }
             }
             NetAsk::Leave => {
-                if network.members.borrow().is_empty() {
-                    network.leave.notify_one();
-                }
+                network.leaving.set(true);
+                network.changed.notify_one();
             }
         }
     }

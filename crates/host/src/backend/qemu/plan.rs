@@ -297,23 +297,7 @@ fn warden(
     let status_fd = args.next_fd();
     let Arguments { argv, binds, files, taps, mut kept, .. } = args;
     kept.extend([qmp_fd, console_fd]);
-    let code = |path: &std::path::PathBuf| Bind {
-        source: path.clone(),
-        target: path.clone(),
-        writable: false,
-        device: false,
-        executable: true,
-    };
-    let mut all: Vec<Bind> = qemu.program.files.iter().map(code).collect();
-    all.extend(qemu.data.iter().map(|path| Bind { executable: false, ..code(path) }));
-    let device =
-        |path: &str| Bind { device: true, writable: true, executable: false, ..code(&path.into()) };
-    // QEMU tries file locks out on it.
-    all.push(device("/dev/null"));
-    if accel == Accel::Kvm {
-        all.push(device("/dev/kvm"));
-    }
-    all.extend(binds);
+    let all = inside(qemu, accel, binds);
     let id = machine.id;
     let cgroup = Cgroup {
         name: id.to_string(),
@@ -347,20 +331,7 @@ fn warden(
         console_fd,
         files,
         sockets: vec![Listen { fd: qmp_fd, path: survey.run.join("qmp.sock") }],
-        taps: taps
-            .into_iter()
-            .map(|(fd, index)| {
-                let (nic, place) = (&machine.nics[index], &survey.nics[index]);
-                Tap {
-                    fd,
-                    interface: place.interface.clone(),
-                    network: place.network.clone(),
-                    mac: nic.mac,
-                    address: place.address,
-                    hostname: machine.hostname.clone(),
-                }
-            })
-            .collect(),
+        taps: taps.into_iter().map(|(fd, index)| tap(machine, survey, fd, index)).collect(),
         ports: machine
             .ports
             .iter()
@@ -369,6 +340,40 @@ fn warden(
         ready: survey.ready.clone(),
         cgroup,
         jail,
+    }
+}
+
+/// Everything that exists inside: the program's parts, its data, and the machine's own files.
+fn inside(qemu: &QemuFacts, accel: Accel, own: Vec<Bind>) -> Vec<Bind> {
+    let code = |path: &std::path::PathBuf| Bind {
+        source: path.clone(),
+        target: path.clone(),
+        writable: false,
+        device: false,
+        executable: true,
+    };
+    let mut all: Vec<Bind> = qemu.program.files.iter().map(code).collect();
+    all.extend(qemu.data.iter().map(|path| Bind { executable: false, ..code(path) }));
+    let device =
+        |path: &str| Bind { device: true, writable: true, executable: false, ..code(&path.into()) };
+    // QEMU tries file locks out on it.
+    all.push(device("/dev/null"));
+    if accel == Accel::Kvm {
+        all.push(device("/dev/kvm"));
+    }
+    all.extend(own);
+    all
+}
+
+fn tap(machine: &Machine, survey: &Survey, fd: i32, index: usize) -> Tap {
+    let (nic, place) = (&machine.nics[index], &survey.nics[index]);
+    Tap {
+        fd,
+        interface: place.interface.clone(),
+        network: place.network.clone(),
+        mac: nic.mac,
+        address: place.address,
+        hostname: machine.hostname.clone(),
     }
 }
 
