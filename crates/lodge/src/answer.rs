@@ -248,7 +248,10 @@ impl Answer {
                 return Ok(Reply::Done);
             }
         }
-        while follow {
+        if !follow {
+            return Ok(Reply::Done);
+        }
+        loop {
             let event = tokio::select! {
                 event = live.recv() => event,
                 () = replies.closed() => return Ok(Reply::Done),
@@ -262,10 +265,9 @@ impl Answer {
                     }
                 }
                 Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => break,
+                Err(RecvError::Closed) => return Ok(Reply::Done),
             }
         }
-        Ok(Reply::Done)
     }
 
     fn images_in_use(&self) -> Vec<(ImageName, String)> {

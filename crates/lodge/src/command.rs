@@ -251,10 +251,8 @@ impl Session {
             Err(e) => return Err(e).context(log),
         };
         let starts = bytes.iter().rev().enumerate().skip(1).filter(|(_, b)| **b == b'\n');
-        let from = match starts.map(|(back, _)| bytes.len() - back).nth(tail.saturating_sub(1)) {
-            Some(start) => start,
-            None => 0,
-        };
+        let starts = starts.map(|(back, _)| bytes.len() - back);
+        let from = starts.clone().nth(tail.saturating_sub(1)).unwrap_or(0);
         let from = if tail == 0 { bytes.len() } else { from };
         let mut stdout = std::io::stdout();
         stdout.write_all(&bytes[from..])?;

@@ -1,0 +1,60 @@
+//! The image `debian-12`: built from packages, booted, reached over ssh.
+
+use lodge_vm_tests::lab::command;
+use lodge_vm_tests::{Lab, assets};
+
+fn ssh(key: &std::path::Path, port: u16, line: &str) -> String {
+    let output = command("ssh")
+        .args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
+        .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", "-i"])
+        .arg(key)
+        .args(["-p", &port.to_string(), "root@127.0.0.1", line])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "ssh: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn debian_boots_takes_its_files_and_shuts_down() {
+    let lab = Lab::with_debian();
+    let key = lab.home().join("key");
+    let made = command("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
+    assert!(made.unwrap().success());
+    let public = format!("{}.pub", key.display());
+    let motd = lab.home().join("motd");
+    std::fs::write(&motd, "from the host\n").unwrap();
+    lab.ok(&[
+        "run", "debian-12", "--name", "web", "--ssh-key", &public, "--port", "18434:22", "--file",
+        &format!("/etc/motd={}", motd.display()), "--wait", "ready", "--timeout", "175",
+    ]);
+    let said = ssh(&key, 18434, "hostname; cat /etc/motd; stat -c %a /root/.ssh/authorized_keys; \
+                                 cat /proc/sys/kernel/random/boot_id; echo kept > /root/kept; sync");
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[..3], ["web", "from the host", "600"]);
+    let failed = ssh(&key, 18434, "systemctl --failed --no-legend; df --output=fstype / | tail -1");
+    assert_eq!(failed.trim(), "ext4");
+    // The guest hears its power button and ends by itself.
+    lab.ok(&["stop", "web", "--timeout", "120"]);
+    let events = lab.ok(&["events", "web"]);
+    assert!(!events.contains("stop-timed-out"), "{events}");
+    lab.ok(&["start", "web", "--wait", "ready", "--timeout", "175"]);
+    let again = ssh(&key, 18434, "cat /root/kept; cat /proc/sys/kernel/random/boot_id");
+    assert!(again.starts_with("kept\n") && !again.contains(lines[3]), "{again}");
+    lab.ok(&["image", "verify", "debian-12"]);
+}
+
+#[test]
+fn a_layer_can_be_larger_than_its_image() {
+    let lab = Lab::with_debian();
+    let file = lab.home().join("machine");
+    std::fs::write(&file, "{name: a, image: debian-12, image_size: 6GB, nics: []}").unwrap();
+    lab.ok(&["create", file.to_str().unwrap()]);
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "175"]);
+    let kernel = assets::kernel();
+    assert!(!kernel.is_empty());
+    let text = "{name: b, image: debian-12, image_size: 1GB}";
+    std::fs::write(&file, text).unwrap();
+    let complaint = lab.fails(&["create", file.to_str().unwrap()]);
+    assert!(complaint.contains("a layer cannot be smaller"), "{complaint}");
+}

@@ -1,0 +1,12 @@
+//! Lodge as its users meet it: the real program, real hypervisors, real guests.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::print_stderr, reason = "what is skipped is said aloud")]
+
+mod bad_input;
+mod debian;
+mod devices;
+mod faults;
+mod lifecycle;
+mod network;
+mod rootless;

@@ -1,0 +1,86 @@
+//! Networks: addresses, names, ports, and what does not get out.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use lodge_vm_tests::{Lab, assets};
+
+fn run(lab: &Lab, name: &str, more: &[&str]) {
+    let (kernel, initrd) = (assets::kernel(), assets::networked());
+    let mut args = vec![
+        "run", "--name", name, "--kernel", &kernel, "--initrd", &initrd, "--append",
+        "console=ttyS0 quiet", "--memory", "256MiB", "--ready", "console:GUEST-READY", "--wait",
+        "ready", "--timeout", "170",
+    ];
+    args.extend(more);
+    lab.ok(&args);
+}
+
+fn get(port: u16) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text);
+    text
+}
+
+#[test]
+fn machines_get_addresses_find_each_other_and_are_reached() {
+    let lab = Lab::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| run(&lab, "web", &["--port", "18431:80"]));
+        scope.spawn(|| run(&lab, "client", &[]));
+    });
+    let address = lab.machine("web")["address"].as_str().unwrap().to_owned();
+    assert!(lab.console_text("web").contains(&format!("DHCP-GOT {address}")));
+    let page = get(18431);
+    assert!(page.contains(&format!("served-by-{address}")), "{page}");
+    lab.type_and_see("client", "wget -q -O - http://web/\n", &format!("served-by-{address}"));
+    lab.type_and_see("client", "ping -c 1 web.lodge | tail -3\n", "0% packet loss");
+    // Names that nobody has are answered at once, not passed on.
+    lab.type_and_see("client", "nslookup nobody.lodge; echo looked-$((1 + 1))\n", "looked-2");
+    assert!(lab.console_text("client").contains("NXDOMAIN"));
+    // Ports belong to the machine: they close with it.
+    lab.ok(&["stop", "web", "--force"]);
+    assert!(TcpStream::connect("127.0.0.1:18431").is_err());
+    lab.ok(&["start", "web", "--wait", "ready"]);
+    assert_eq!(lab.machine("web")["address"], address.as_str(), "an address is kept");
+    assert!(get(18431).contains("served-by-"));
+}
+
+#[test]
+fn networks_do_not_meet_and_the_host_is_not_reached() {
+    let lab = Lab::new();
+    let listener = std::net::TcpListener::bind("0.0.0.0:18432").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| run(&lab, "one", &["--net", "blue"]));
+        scope.spawn(|| run(&lab, "two", &["--net", "red"]));
+    });
+    let other = lab.machine("two")["address"].as_str().unwrap().to_owned();
+    let ask = |text: &str| lab.type_and_see("one", &format!("{text} || echo not-$((2 + 2))\n"), "not-4");
+    ask(&format!("ping -c 1 -W 2 {other} >/dev/null"));
+    ask("wget -T 2 -q -O - http://two/");
+    let gateway = "$(ip route | sed -n 's/default via \\([0-9.]*\\).*/\\1/p')";
+    ask(&format!("nc -w 2 {gateway} 18432 </dev/null"));
+    // The host's end of the link, which routes the guests' packets, takes none for itself.
+    let links = lodge_vm_tests::lab::command("ip").args(["-br", "-4", "addr"]).output().unwrap();
+    let links = String::from_utf8_lossy(&links.stdout).into_owned();
+    let link = links.lines().find(|l| l.starts_with("lg-blue")).unwrap();
+    let address = link.split_whitespace().nth(2).unwrap().split('/').next().unwrap();
+    ask(&format!("nc -w 2 {address} 18432 </dev/null"));
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err(), "somebody got through");
+}
+
+#[test]
+fn udp_ports_lead_into_the_guest() {
+    let lab = Lab::new();
+    run(&lab, "a", &["--port", "18433:7000/udp"]);
+    lab.type_and_see("a", "nc -u -l -p 7000 & echo listening-$((3 + 3))\n", "listening-6");
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect("127.0.0.1:18433").unwrap();
+    lab.until("the datagram", || {
+        socket.send(b"over-udp\n").unwrap();
+        lab.console_text("a").contains("over-udp")
+    });
+}

@@ -1,0 +1,1 @@
+//! The same without root: a user's own instance, confined and connected.
