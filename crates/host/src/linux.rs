@@ -37,12 +37,21 @@ pub struct Linux {
     store: Store,
     facts: OnceCell<Facts>,
     live: Mutex<HashMap<MachineId, Live>>,
+    /// Networks are brought up one at a time.
+    networks: tokio::sync::Mutex<()>,
 }
 
 impl Linux {
     pub fn new(paths: Paths, store: Store) -> Self {
         let images = Images::new(paths.clone(), store.clone());
-        Self { paths, images, store, facts: OnceCell::new(), live: Mutex::default() }
+        Self {
+            paths,
+            images,
+            store,
+            facts: OnceCell::new(),
+            live: Mutex::default(),
+            networks: tokio::sync::Mutex::default(),
+        }
     }
 
     pub async fn facts(&self) -> &Facts {
@@ -116,7 +125,7 @@ impl Host for Linux {
             Err(problems) => return Err(problems.to_string()),
         };
         live::mark(&sink, "planned", &launch.notes.join("; "));
-        launch::carry_out(&machine, &launch, &self.paths, &sink).await?;
+        launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;
         let running = running(&launch);
         let id = machine.id;
         let live = live::connect(launch, sink).await?;
@@ -160,11 +169,15 @@ impl Host for Linux {
         launch::make(&machine, &survey.steps).await?;
         let facts = self.facts().await;
         let qemu = facts.qemu.as_ref().map_err(Clone::clone)?;
-        live.change(&machine, &survey, change, qemu).await
+        live.change(&machine, &survey, change, qemu, &self.networks).await
     }
 
     async fn release(&self, machine: Arc<Machine>) {
-        self.live.lock().expect("not poisoned").remove(&machine.id);
+        let live = self.live.lock().expect("not poisoned").remove(&machine.id);
+        if let Some(live) = live {
+            // A warden that was killed leaves a hypervisor that is still ending.
+            let _ = tokio::time::timeout(QUIT_PATIENCE, crate::proc::ended(live.pid)).await;
+        }
         let run = self.paths.running(machine.id);
         // Gone already, or a leftover that `gc` will name.
         let _ = tokio::fs::remove_dir_all(run).await;

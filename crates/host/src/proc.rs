@@ -109,3 +109,16 @@ pub fn close_inherited() {
     // SAFETY: at the start of a process nothing in it owns a descriptor above the standard ones.
     unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
 }
+
+/// Waits until a process has ended, reaped or not.
+pub async fn ended(pid: u32) {
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    let Some(pid) = Pid::from_raw(pid as i32) else { return };
+    if let Ok(pidfd) = pidfd_open(pid, PidfdFlags::NONBLOCK)
+        // SAFETY: the descriptor is owned by what is registered and stays open as long.
+        && let Ok(ended) = unsafe { tokio::io::unix::AsyncFd::register(pidfd) }
+    {
+        // An error would mean that it cannot be waited for; there is nothing better to do then.
+        let _ = ended.readable().await;
+    }
+}

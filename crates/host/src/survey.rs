@@ -192,7 +192,8 @@ impl Surveyor<'_> {
     async fn nics(&self, p: &mut Problems, machine: &Machine) -> Vec<NicPlace> {
         let mut places = Vec::new();
         for (i, nic) in machine.nics.iter().enumerate() {
-            let plan = NetPlan::of(&nic.network);
+            let dir = self.paths.network(nic.network.as_str());
+            let plan = NetPlan::of(&nic.network, &dir);
             let at = format!("nics[{i}].address");
             if let Some(address) = nic.address.filter(|a| !plan.holds(*a)) {
                 p.add(&at, format!("{address} is not on the network {}", nic.network));
@@ -207,7 +208,7 @@ impl Surveyor<'_> {
                 self.store.write(move |c| lease(c, &network, &mac, &id, wanted, range)).await;
             match leased {
                 Ok(Some(address)) => places.push(NicPlace {
-                    network: self.paths.network(nic.network.as_str()),
+                    network: dir,
                     interface: tap_name(machine.id, nic.mac),
                     address: address.into(),
                 }),

@@ -30,7 +30,8 @@ fn kernel_tree() -> &'static PathBuf {
     static TREE: OnceLock<PathBuf> = OnceLock::new();
     TREE.get_or_init(|| {
         let package = {
-            let args = ["-s", "-qq", "--no-install-recommends", "install", "linux-image-cloud-amd64"];
+            let args =
+                ["-s", "-qq", "--no-install-recommends", "install", "linux-image-cloud-amd64"];
             let output = command("apt-get").args(args).output().unwrap();
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             let words = text.lines().filter_map(|l| l.strip_prefix("Inst ")?.split(' ').next());
@@ -68,11 +69,16 @@ fn modules(wanted: &[&str]) -> Vec<PathBuf> {
     let base = ["lib/modules", "usr/lib/modules"].map(|p| tree.join(p));
     let base = base.into_iter().find(|p| p.exists()).unwrap();
     let version = fs::read_dir(base).unwrap().next().unwrap().unwrap().path();
-    must("depmod", &["-b", tree.to_str().unwrap(), version.file_name().unwrap().to_str().unwrap()], tree);
+    must(
+        "depmod",
+        &["-b", tree.to_str().unwrap(), version.file_name().unwrap().to_str().unwrap()],
+        tree,
+    );
     let table = fs::read_to_string(version.join("modules.dep")).unwrap();
     let mut list: Vec<PathBuf> = Vec::new();
     for name in wanted {
-        let line = table.lines().find(|l| l.split(':').next().unwrap().ends_with(&format!("/{name}.ko")));
+        let line =
+            table.lines().find(|l| l.split(':').next().unwrap().ends_with(&format!("/{name}.ko")));
         let Some((module, needs)) = line.and_then(|l| l.split_once(':')) else { continue };
         for path in needs.split_whitespace().rev().chain([module]) {
             let path = version.join(path);
@@ -115,8 +121,18 @@ pub fn guest(script: &str) -> String {
     let path = cache().join(format!("guest-{key}.cpio.gz"));
     if !path.exists() {
         let wanted = [
-            "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_rng",
-            "sr_mod", "ahci", "ata_piix", "isofs", "button", "evdev",
+            "virtio_pci",
+            "virtio_mmio",
+            "virtio_blk",
+            "virtio_net",
+            "virtio_balloon",
+            "virtio_rng",
+            "sr_mod",
+            "ahci",
+            "ata_piix",
+            "isofs",
+            "button",
+            "evdev",
         ];
         let out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         let mut archive = cpio::Writer::new(out);
@@ -175,8 +191,19 @@ pub fn cdrom() -> Option<String> {
         fs::write(at("isolinux.cfg"), config).unwrap();
         let part = cache().join(format!("boot-{}.part", std::process::id()));
         let args = [
-            "-quiet", "-o", part.to_str().unwrap(), "-b", "isolinux.bin", "-c", "boot.cat",
-            "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "-R", ".",
+            "-quiet",
+            "-o",
+            part.to_str().unwrap(),
+            "-b",
+            "isolinux.bin",
+            "-c",
+            "boot.cat",
+            "-no-emul-boot",
+            "-boot-load-size",
+            "4",
+            "-boot-info-table",
+            "-R",
+            ".",
         ];
         must("genisoimage", &args, work.path());
         fs::rename(part, &path).unwrap();

@@ -155,7 +155,11 @@ impl Lab {
         for dir in logs {
             let log = std::fs::read(dir.path().join("console.log")).unwrap_or_default();
             let end = &log[log.len().saturating_sub(1500)..];
-            text += &format!("-- console of {:?}:\n{}\n", dir.file_name(), String::from_utf8_lossy(end));
+            text += &format!(
+                "-- console of {:?}:\n{}\n",
+                dir.file_name(),
+                String::from_utf8_lossy(end)
+            );
         }
         text
     }
@@ -189,7 +193,8 @@ pub fn wait_for_text(child: &mut Child, text: &str) -> String {
     let begun = Instant::now();
     while !String::from_utf8_lossy(&seen).contains(text) {
         let left = PATIENCE.checked_sub(begun.elapsed());
-        let left = left.unwrap_or_else(|| panic!("no {text:?} in {}", String::from_utf8_lossy(&seen)));
+        let left =
+            left.unwrap_or_else(|| panic!("no {text:?} in {}", String::from_utf8_lossy(&seen)));
         let mut ready = [rustix::event::PollFd::new(&stdout, rustix::event::PollFlags::IN)];
         let left = rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: 0 };
         rustix::event::poll(&mut ready, Some(&left)).unwrap();

@@ -40,12 +40,14 @@ pub(super) async fn carry_out(
     launch: &Launch,
     paths: &Paths,
     sink: &Sink,
+    networks: &tokio::sync::Mutex<()>,
 ) -> Result<(), String> {
     make(machine, &launch.steps).await?;
     let run = &launch.warden.run;
     let text = serde_json::to_vec(&(paths::boot_id(), launch)).map_err(|e| e.to_string())?;
     std::fs::write(launch_file(run), text).map_err(|e| format!("{}: {e}", run.display()))?;
     for nic in &machine.nics {
+        let _one = networks.lock().await;
         uplink::ensure(&paths.network(nic.network.as_str()), &nic.network).await?;
     }
     mark(sink, "prepared", "");

@@ -243,6 +243,7 @@ impl Live {
         survey: &Survey,
         change: Change,
         qemu: &QemuFacts,
+        networks: &Mutex<()>,
     ) -> Result<(), String> {
         let board = self.launch.board;
         match change {
@@ -265,6 +266,7 @@ impl Live {
             }
             Change::AddNic { .. } => {
                 let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
+                let _one = networks.lock().await;
                 crate::net::uplink::ensure(&place.network, &nic.network).await?;
                 let tap = Tap {
                     fd: FIRST_FD,

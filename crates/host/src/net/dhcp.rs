@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     fn ask(kind: MessageType, mac: [u8; 6], wanted: Option<&str>) -> Option<Message> {
-        let plan = NetPlan::of(&"default".parse().unwrap());
+        let plan = NetPlan::of(&"default".parse().unwrap(), std::path::Path::new("/run"));
         let address = "10.0.2.15".parse().unwrap();
         let place = Place { address, hostname: "web".into() };
         let places = HashMap::from([(Mac([2, 0, 0, 0, 0, 1]), place)]);
@@ -134,7 +134,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_packet_makes_it_panic(packet: Vec<u8>) {
-            let plan = NetPlan::of(&"default".parse().unwrap());
+            let plan = NetPlan::of(&"default".parse().unwrap(), std::path::Path::new("/run"));
             let _ = answer(&plan, &HashMap::new(), &packet);
         }
     }

@@ -42,7 +42,7 @@ struct Network {
 /// The program `lodge netd DIR NAME`. Says `ready` or an error on standard output.
 pub fn main(dir: &Path, name: &str) -> std::process::ExitCode {
     let result = name.parse::<NetName>().map_err(|e| e.to_string());
-    let result = result.and_then(|name| run(dir.to_owned(), NetPlan::of(&name)));
+    let result = result.and_then(|name| run(dir.to_owned(), NetPlan::of(&name, dir)));
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {

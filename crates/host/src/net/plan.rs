@@ -1,6 +1,7 @@
 //! The addresses of a network. Pure: a name gives the same plan on every host.
 
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use lodge_spec::names::{Mac, NetName};
 use serde::{Deserialize, Serialize};
@@ -24,21 +25,25 @@ pub const BRIDGE: &str = "br0";
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 impl NetPlan {
-    pub fn of(name: &NetName) -> Self {
-        let hash = name.as_str().bytes().fold(5381u32, |h, b| h.wrapping_mul(33) ^ u32::from(b));
+    /// The plan of the network `name` whose folder is `dir`. Guests' addresses depend on the name
+    /// alone; what the host sees also on the folder, so that instances do not meet.
+    pub fn of(name: &NetName, dir: &Path) -> Self {
+        let hash = |bytes: &[u8]| {
+            bytes.iter().fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193))
+        };
         let third = match name.as_str() {
             "default" => 2,
-            _ => 3 + (hash % 250) as u8,
+            other => 3 + (hash(other.as_bytes()) % 250) as u8,
         };
-        let [high, low] = ((hash % 0x3fff) as u16 * 4).to_be_bytes();
-        let link = |last: u8| {
-            Ipv4Addr::new(100, 64 + (high >> 6), (high << 2) | (low >> 6), (low & 0x3c) | last)
-        };
+        let own = hash(dir.as_os_str().as_encoded_bytes());
+        // One of the 2^20 links of four addresses in 100.64.0.0/10.
+        let link = u32::from(Ipv4Addr::new(100, 64, 0, 0)) + (own >> 12) * 4;
+        let short: String = name.as_str().chars().take(8).collect();
         Self {
             name: name.clone(),
             base: Ipv4Addr::new(10, 0, third, 0),
-            uplink: (link(1), link(2)),
-            host_interface: format!("lg-{name}"),
+            uplink: ((link + 1).into(), (link + 2).into()),
+            host_interface: format!("lg{:04x}-{short}", own & 0xffff),
         }
     }
 
@@ -82,7 +87,7 @@ mod tests {
 
     #[test]
     fn the_default_network_is_where_guests_expect_it() {
-        let plan = NetPlan::of(&"default".parse().unwrap());
+        let plan = NetPlan::of(&"default".parse().unwrap(), Path::new("/run/lodge/net/default"));
         assert_eq!(plan.gateway().to_string(), "10.0.2.2");
         assert_eq!(plan.names().to_string(), "10.0.2.3");
         assert_eq!(plan.script().to_string(), "10.0.2.100");
@@ -95,7 +100,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn other_networks_stay_in_their_ranges(name in "[a-z][a-z0-9]{0,10}") {
-            let plan = NetPlan::of(&name.parse().unwrap());
+            let plan = NetPlan::of(&name.parse().unwrap(), Path::new(&format!("/run/{name}")));
             let (host, inside) = plan.uplink;
             proptest::prop_assert_eq!(u32::from(host) + 1, u32::from(inside));
             proptest::prop_assert_eq!(u32::from(host) % 4, 1);

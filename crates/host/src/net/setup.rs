@@ -104,7 +104,7 @@ pub(crate) async fn forget_host_side(plan: &NetPlan) {
 }
 
 fn table(plan: &NetPlan) -> String {
-    format!("lodge_{}", plan.name.as_str().replace('-', "_"))
+    format!("lodge_{}", plan.host_interface.replace('-', "_"))
 }
 
 async fn ip(batch: &str) -> Result<(), SetupError> {

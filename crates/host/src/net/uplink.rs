@@ -48,18 +48,20 @@ pub async fn ensure(dir: &Path, name: &NetName) -> Result<(), String> {
         (Err(_), _) => return Err(format!("network {name}: its keeper says nothing")),
     }
     if let Some(pid) = pid.filter(|_| rootless) {
-        carry_packets(name, pid, near).await.map_err(|why| format!("network {name}: {why}"))?;
+        carry_packets(&NetPlan::of(name, dir), pid, near)
+            .await
+            .map_err(|why| format!("network {name}: {why}"))?;
     }
     Ok(())
 }
 
 /// Without root, `slirp4netns` carries packets between the namespace and the host's sockets.
-async fn carry_packets(name: &NetName, pid: u32, exit: io::PipeReader) -> Result<(), String> {
+async fn carry_packets(plan: &NetPlan, pid: u32, exit: io::PipeReader) -> Result<(), String> {
     let Some(program) = find_program("slirp4netns") else {
         // Machines still reach each other; `lodge doctor` says what is missing.
         return Ok(());
     };
-    let [_, b, c, _] = NetPlan::of(name).uplink.0.octets();
+    let [_, b, c, _] = plan.uplink.0.octets();
     let args = ["--configure", "--mtu=1500", "--disable-host-loopback", "--exit-fd=0"];
     let tool = Tool::new(program)
         .args(args)

@@ -8,7 +8,6 @@ use std::time::Duration;
 use lodge_jail::cgroup;
 use lodge_machine::store::now_us;
 use regex_lite::Regex;
-use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast;
@@ -78,11 +77,12 @@ async fn run(started: Started) {
     for (interface, connection) in networks {
         watch_network(&shared, interface, connection, ready == "dhcp");
     }
+    let mut forwards = Vec::new();
     if let Some(tap) = plan.taps.first() {
         let guest =
             |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
         for (port, bound) in listeners {
-            tokio::task::spawn_local(forward::serve(bound, guest(port.guest)));
+            forwards.push(tokio::task::spawn_local(forward::serve(bound, guest(port.guest))));
         }
         if let Some(port) = ready.strip_prefix("port:").and_then(|p| p.parse().ok()) {
             tokio::task::spawn_local(await_port(shared.clone(), guest(port)));
@@ -90,6 +90,11 @@ async fn run(started: Started) {
     }
     let stderr = tokio::task::spawn_local(read_stderr(stderr));
     let exit = await_exit(pid).await;
+    // Whoever hears of the end finds the ports free.
+    for forward in forwards {
+        forward.abort();
+        let _ = forward.await;
+    }
     // What the hypervisor wrote last is still in its socket and pipe.
     let patience = Duration::from_secs(2);
     let _ = tokio::time::timeout(patience, console).await;
@@ -291,14 +296,9 @@ async fn await_port(shared: Rc<Shared>, guest: Guest) {
 }
 
 async fn await_exit(pid: u32) -> (Option<i32>, Option<i32>) {
-    use rustix::process::{Pid, PidfdFlags, WaitOptions};
+    use rustix::process::{Pid, WaitOptions};
+    crate::proc::ended(pid).await;
     let Some(pid) = Pid::from_raw(pid as i32) else { return (None, None) };
-    if let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
-        // SAFETY: the descriptor is owned by what is registered and stays open as long.
-        && let Ok(ended) = unsafe { AsyncFd::register(pidfd) }
-    {
-        let _ = ended.readable().await;
-    }
     match rustix::process::waitpid(Some(pid), WaitOptions::empty()) {
         Ok(Some((_, status))) => (status.exit_status(), status.terminating_signal()),
         Ok(None) | Err(_) => (None, None),

@@ -41,7 +41,9 @@ fn unsupported_combinations_name_backend_and_field() {
     let lab = Lab::new();
     let kernel = assets::kernel();
     let file = lab.home().join("machine");
-    let text = format!("board: microvm\nboot: {{kernel: {kernel}}}\ncpus: {{count: 1, max: 4}}\nnics: []\n");
+    let text = format!(
+        "board: microvm\nboot: {{kernel: {kernel}}}\ncpus: {{count: 1, max: 4}}\nnics: []\n"
+    );
     std::fs::write(&file, text).unwrap();
     let plan = lab.run(&["plan", file.to_str().unwrap()]);
     assert!(!plan.status.success());

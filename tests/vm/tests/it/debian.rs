@@ -19,17 +19,34 @@ fn ssh(key: &std::path::Path, port: u16, line: &str) -> String {
 fn debian_boots_takes_its_files_and_shuts_down() {
     let lab = Lab::with_debian();
     let key = lab.home().join("key");
-    let made = command("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
+    let made =
+        command("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
     assert!(made.unwrap().success());
     let public = format!("{}.pub", key.display());
     let motd = lab.home().join("motd");
     std::fs::write(&motd, "from the host\n").unwrap();
     lab.ok(&[
-        "run", "debian-12", "--name", "web", "--ssh-key", &public, "--port", "18434:22", "--file",
-        &format!("/etc/motd={}", motd.display()), "--wait", "ready", "--timeout", "175",
+        "run",
+        "debian-12",
+        "--name",
+        "web",
+        "--ssh-key",
+        &public,
+        "--port",
+        "18434:22",
+        "--file",
+        &format!("/etc/motd={}", motd.display()),
+        "--wait",
+        "ready",
+        "--timeout",
+        "175",
     ]);
-    let said = ssh(&key, 18434, "hostname; cat /etc/motd; stat -c %a /root/.ssh/authorized_keys; \
-                                 cat /proc/sys/kernel/random/boot_id; echo kept > /root/kept; sync");
+    let said = ssh(
+        &key,
+        18434,
+        "hostname; cat /etc/motd; stat -c %a /root/.ssh/authorized_keys; \
+                                 cat /proc/sys/kernel/random/boot_id; echo kept > /root/kept; sync",
+    );
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(lines[..3], ["web", "from the host", "600"]);
     let failed = ssh(&key, 18434, "systemctl --failed --no-legend; df --output=fstype / | tail -1");

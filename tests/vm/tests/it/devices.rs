@@ -34,9 +34,15 @@ fn devices_come_and_go_while_the_machine_runs() {
     lab.ok(&["set", "a", "--remove-nic", "nic0"]);
     sees("sleep 1; ls /sys/class/net/eth0 || echo gone-$((5 + 5))\n", "gone-10");
     lab.ok(&["set", "a", "--cpus", "3"]);
-    sees("sleep 2; for c in 1 2; do echo 1 > /sys/devices/system/cpu/cpu$c/online; done; echo cpus-$(nproc)\n", "cpus-3");
+    sees(
+        "sleep 2; for c in 1 2; do echo 1 > /sys/devices/system/cpu/cpu$c/online; done; echo cpus-$(nproc)\n",
+        "cpus-3",
+    );
     lab.ok(&["set", "a", "--memory", "512MiB"]);
-    sees("sleep 2; for m in /sys/devices/system/memory/memory*; do grep -q offline $m/state && echo online > $m/state; done; echo mem-$(free -m | awk '/Mem/ {print ($2 > 400)}')\n", "mem-1");
+    sees(
+        "sleep 2; for m in /sys/devices/system/memory/memory*; do grep -q offline $m/state && echo online > $m/state; done; echo mem-$(free -m | awk '/Mem/ {print ($2 > 400)}')\n",
+        "mem-1",
+    );
     // The guest must never see what crashes this QEMU.
     let refused = lab.run(&["set", "a", "--cpus", "1"]);
     let complaint = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -53,10 +59,14 @@ fn devices_come_and_go_while_the_machine_runs() {
 fn a_microvm_says_that_it_takes_no_devices() {
     let lab = Lab::new();
     let (kernel, initrd) = (assets::kernel(), assets::shell());
-    start(&lab, "a", &format!(
-        "memory: 256MiB\nnics: []\nready: console:GUEST-READY\n\
+    start(
+        &lab,
+        "a",
+        &format!(
+            "memory: 256MiB\nnics: []\nready: console:GUEST-READY\n\
          boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
-    ));
+        ),
+    );
     assert_eq!(lab.json(&["inspect", "a"])["runs"]["board"], "microvm");
     let complaint = lab.fails(&["set", "a", "--add-disk", "1GiB"]);
     assert!(complaint.contains("takes no devices while it runs"), "{complaint}");
@@ -68,11 +78,19 @@ fn disks_of_every_bus_are_seen() {
     let lab = Lab::new();
     let raw = lab.home().join("raw.img");
     std::fs::write(&raw, vec![b'R'; 1 << 20]).unwrap();
-    start(&lab, "a", &kernel_boot(&format!(
-        "board: q35\ndisks:\n- {{size: 64MiB}}\n- {{source: {}, read_only: true}}\n- {{size: 32MiB, bus: ide}}\n",
-        raw.display()
-    )));
-    lab.type_and_see("a", "sleep 1; echo $(cat /sys/block/vda/size)-$(cat /sys/block/vdb/ro)-$(head -c 3 /dev/vdb)\n", "131072-1-RRR");
+    start(
+        &lab,
+        "a",
+        &kernel_boot(&format!(
+            "board: q35\ndisks:\n- {{size: 64MiB}}\n- {{source: {}, read_only: true}}\n- {{size: 32MiB, bus: ide}}\n",
+            raw.display()
+        )),
+    );
+    lab.type_and_see(
+        "a",
+        "sleep 1; echo $(cat /sys/block/vda/size)-$(cat /sys/block/vdb/ro)-$(head -c 3 /dev/vdb)\n",
+        "131072-1-RRR",
+    );
     lab.type_and_see("a", "echo serial-$(cat /sys/block/vdb/serial)\n", "serial-disk1");
 }
 
@@ -81,11 +99,15 @@ fn a_cd_boots_through_the_bios_once() {
     let cd = assets::cdrom();
     need!(cd.is_some(), "isolinux and syslinux-common");
     let lab = Lab::new();
-    start(&lab, "a", &format!(
-        "memory: 256MiB\nnics: []\nready: console:GUEST-READY\nboot: {{order: [disk, cdrom], once: cdrom}}\n\
+    start(
+        &lab,
+        "a",
+        &format!(
+            "memory: 256MiB\nnics: []\nready: console:GUEST-READY\nboot: {{order: [disk, cdrom], once: cdrom}}\n\
          disks:\n- {{size: 64MiB}}\n- {{source: {}, media: cdrom}}\n",
-        cd.unwrap()
-    ));
+            cd.unwrap()
+        ),
+    );
     let inspected = lab.json(&["inspect", "a"]);
     assert_eq!(inspected["runs"]["board"], "pc");
     let argv = inspected["runs"]["argv"].to_string();
@@ -99,7 +121,11 @@ fn a_cd_boots_through_the_bios_once() {
 fn uefi_firmware_comes_up_with_variables_of_its_own() {
     need!(std::path::Path::new("/usr/share/OVMF").exists(), "ovmf");
     let lab = Lab::new();
-    start(&lab, "a", "memory: 256MiB\nnics: []\nready: 'console:BdsDxe|Shell'\nboot: {firmware: uefi}\ndisks: [{size: 64MiB}]\n");
+    start(
+        &lab,
+        "a",
+        "memory: 256MiB\nnics: []\nready: 'console:BdsDxe|Shell'\nboot: {firmware: uefi}\ndisks: [{size: 64MiB}]\n",
+    );
     let id = lab.machine("a")["id"].as_str().unwrap().to_owned();
     assert!(lab.home().join(format!("machines/{id}/uefi-vars.fd")).exists());
 }

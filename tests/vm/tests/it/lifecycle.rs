@@ -8,9 +8,25 @@ use lodge_vm_tests::{Lab, assets};
 fn run(lab: &Lab, name: &str) {
     let (kernel, initrd) = (assets::kernel(), assets::shell());
     lab.ok(&[
-        "run", "--name", name, "--kernel", &kernel, "--initrd", &initrd, "--append",
-        "console=ttyS0 quiet", "--net", "none", "--memory", "256MiB", "--ready",
-        "console:GUEST-READY", "--wait", "ready", "--timeout", "170",
+        "run",
+        "--name",
+        name,
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--net",
+        "none",
+        "--memory",
+        "256MiB",
+        "--ready",
+        "console:GUEST-READY",
+        "--wait",
+        "ready",
+        "--timeout",
+        "170",
     ]);
 }
 
@@ -19,9 +35,18 @@ fn a_bare_kernel_boots_and_obeys() {
     let lab = Lab::new();
     run(&lab, "a");
     let machine = lab.machine("a");
-    for field in
-        ["id", "name", "state", "reason", "backend", "accel", "cpus", "memory_bytes", "ready", "created_at"]
-    {
+    for field in [
+        "id",
+        "name",
+        "state",
+        "reason",
+        "backend",
+        "accel",
+        "cpus",
+        "memory_bytes",
+        "ready",
+        "created_at",
+    ] {
         assert!(machine.get(field).is_some(), "{field} is missing: {machine}");
     }
     assert_eq!(machine["state"], "running");
@@ -124,8 +149,20 @@ fn an_ephemeral_machine_leaves_nothing() {
     let lab = Lab::new();
     let (kernel, initrd) = (assets::kernel(), assets::guest("poweroff -f\n"));
     lab.ok(&[
-        "run", "--rm", "--name", "a", "--kernel", &kernel, "--initrd", &initrd, "--append",
-        "console=ttyS0 quiet", "--net", "none", "--memory", "256MiB",
+        "run",
+        "--rm",
+        "--name",
+        "a",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--net",
+        "none",
+        "--memory",
+        "256MiB",
     ]);
     lab.until("its end", || lab.state("a") == "absent");
     assert_eq!(lab.json(&["gc", "--dry-run"]), serde_json::json!([]));
@@ -136,12 +173,30 @@ fn files_reach_a_guest_that_has_no_disk() {
     let lab = Lab::new();
     let file = lab.home().join("hello");
     std::fs::write(&file, "hello from the host\n").unwrap();
-    let (kernel, initrd) = (assets::kernel(), assets::guest("cat /etc/hello\necho GUEST-READY\nsh\n"));
+    let (kernel, initrd) =
+        (assets::kernel(), assets::guest("cat /etc/hello\necho GUEST-READY\nsh\n"));
     lab.ok(&[
-        "run", "--name", "a", "--kernel", &kernel, "--initrd", &initrd, "--append",
-        "console=ttyS0 quiet", "--net", "none", "--memory", "256MiB",
-        "--file", &format!("/etc/hello={}", file.display()),
-        "--ready", "console:GUEST-READY", "--wait", "ready", "--timeout", "170",
+        "run",
+        "--name",
+        "a",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--net",
+        "none",
+        "--memory",
+        "256MiB",
+        "--file",
+        &format!("/etc/hello={}", file.display()),
+        "--ready",
+        "console:GUEST-READY",
+        "--wait",
+        "ready",
+        "--timeout",
+        "170",
     ]);
     assert!(lab.console_text("a").contains("hello from the host"));
 }

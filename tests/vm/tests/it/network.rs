@@ -8,9 +8,23 @@ use lodge_vm_tests::{Lab, assets};
 fn run(lab: &Lab, name: &str, more: &[&str]) {
     let (kernel, initrd) = (assets::kernel(), assets::networked());
     let mut args = vec![
-        "run", "--name", name, "--kernel", &kernel, "--initrd", &initrd, "--append",
-        "console=ttyS0 quiet", "--memory", "256MiB", "--ready", "console:GUEST-READY", "--wait",
-        "ready", "--timeout", "170",
+        "run",
+        "--name",
+        name,
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--memory",
+        "256MiB",
+        "--ready",
+        "console:GUEST-READY",
+        "--wait",
+        "ready",
+        "--timeout",
+        "170",
     ];
     args.extend(more);
     lab.ok(&args);
@@ -57,7 +71,8 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
         scope.spawn(|| run(&lab, "two", &["--net", "red"]));
     });
     let other = lab.machine("two")["address"].as_str().unwrap().to_owned();
-    let ask = |text: &str| lab.type_and_see("one", &format!("{text} || echo not-$((2 + 2))\n"), "not-4");
+    let ask =
+        |text: &str| lab.type_and_see("one", &format!("{text} || echo not-$((2 + 2))\n"), "not-4");
     ask(&format!("ping -c 1 -W 2 {other} >/dev/null"));
     ask("wget -T 2 -q -O - http://two/");
     let gateway = "$(ip route | sed -n 's/default via \\([0-9.]*\\).*/\\1/p')";
@@ -65,7 +80,7 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
     // The host's end of the link, which routes the guests' packets, takes none for itself.
     let links = lodge_vm_tests::lab::command("ip").args(["-br", "-4", "addr"]).output().unwrap();
     let links = String::from_utf8_lossy(&links.stdout).into_owned();
-    let link = links.lines().find(|l| l.starts_with("lg-blue")).unwrap();
+    let link = links.lines().find(|l| l.split('@').next().unwrap().ends_with("-blue")).unwrap();
     let address = link.split_whitespace().nth(2).unwrap().split('/').next().unwrap();
     ask(&format!("nc -w 2 {address} 18432 </dev/null"));
     listener.set_nonblocking(true).unwrap();
@@ -76,7 +91,11 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
 fn udp_ports_lead_into_the_guest() {
     let lab = Lab::new();
     run(&lab, "a", &["--port", "18433:7000/udp"]);
-    lab.type_and_see("a", "nc -u -l -p 7000 & echo listening-$((3 + 3))\n", "listening-6");
+    lab.type_and_see(
+        "a",
+        "sleep 1000 | nc -u -l -p 7000 & echo listening-$((3 + 3))\n",
+        "listening-6",
+    );
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.connect("127.0.0.1:18433").unwrap();
     lab.until("the datagram", || {

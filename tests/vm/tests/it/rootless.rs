@@ -1,1 +1,87 @@
 //! The same without root: a user's own instance, confined and connected.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+
+use lodge_vm_tests::lab::command;
+use lodge_vm_tests::{Lab, assets, need};
+
+const USER: u32 = 61_234;
+
+/// Readable by everyone: the kernel and guests that root made, and the program.
+fn open_up() -> Option<(String, String)> {
+    let dir = tempfile::Builder::new().prefix("lodge-rootless-").tempdir().unwrap().keep();
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let take = |from: String, name: &str| {
+        let to = dir.join(name);
+        std::fs::copy(from, &to).unwrap();
+        std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755)).unwrap();
+        to.to_string_lossy().into_owned()
+    };
+    let kernel = take(assets::kernel(), "kernel");
+    let initrd = take(assets::networked(), "initrd");
+    Some((kernel, initrd))
+}
+
+fn user_namespaces() -> bool {
+    let uid = USER.to_string();
+    let args = ["--reuid", &uid, "--regid", &uid, "--clear-groups", "unshare", "-U", "true"];
+    command("setpriv").args(args).status().unwrap().success()
+}
+
+/// A device of our own, as every distribution's udev makes it, in place of this host's.
+fn tun_for_everyone() -> bool {
+    let mode = std::fs::metadata("/dev/net/tun").map(|m| m.permissions().mode());
+    mode.is_ok_and(|m| m & 0o006 == 0o006)
+}
+
+#[test]
+fn a_user_runs_machines_in_a_jail_and_on_a_network() {
+    need!(user_namespaces(), "user namespaces for ordinary users");
+    let Some((kernel, initrd)) = open_up() else { return };
+    let lab = Lab::of_user(USER);
+    let networked = tun_for_everyone();
+    let mut args = vec![
+        "run",
+        "--name",
+        "a",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--memory",
+        "256MiB",
+        "--ready",
+        "console:GUEST-READY",
+        "--wait",
+        "ready",
+        "--timeout",
+        "170",
+    ];
+    if networked {
+        args.extend(["--port", "18435:80"]);
+    } else {
+        eprintln!("SKIPPED the network of {}: /dev/net/tun is for root only", module_path!());
+        args.extend(["--net", "none"]);
+    }
+    lab.ok(&args);
+    let held = lab.json(&["inspect", "a"])["runs"]["confinement"].clone();
+    assert_eq!(held["seccomp_mode"], 2);
+    assert_eq!(held["capabilities"]["CapEff"], "0000000000000000");
+    let own = held["own_namespaces"].as_array().unwrap();
+    assert!(own.iter().any(|n| n == "user") && own.iter().any(|n| n == "net"), "{own:?}");
+    assert_eq!(held["uid"], USER);
+    if networked {
+        let mut stream = TcpStream::connect("127.0.0.1:18435").unwrap();
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        let _ = stream.read_to_string(&mut text);
+        assert!(text.contains("served-by-"), "{text}");
+    }
+    let dir = std::path::Path::new(&kernel).parent().unwrap().to_owned();
+    drop(lab);
+    std::fs::remove_dir_all(dir).unwrap();
+}
