@@ -24,6 +24,8 @@ use crate::fdpass::{self, Lines};
 
 /// A network without machines ends after this.
 const IDLE: Duration = Duration::from_secs(600);
+/// A machine that starts again waits so long for its old self to be gone.
+const HANDOVER: Duration = Duration::from_secs(3);
 
 struct Member {
     place: Place,
@@ -35,8 +37,17 @@ struct Network {
     members: RefCell<HashMap<Mac, Member>>,
     /// Something has attached or left.
     changed: Notify,
+    /// Something has left.
+    left: Notify,
     /// Asked to end as soon as nobody is attached.
     leaving: Cell<bool>,
+}
+
+impl Network {
+    fn holds(&self, mac: Mac, address: Ipv4Addr) -> bool {
+        let members = self.members.borrow();
+        members.contains_key(&mac) || members.values().any(|m| m.place.address == address)
+    }
 }
 
 /// The program `lodge netd DIR NAME`. Says `ready` or an error on standard output.
@@ -106,6 +117,7 @@ async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Resul
         plan,
         members: RefCell::default(),
         changed: Notify::new(),
+        left: Notify::new(),
         leaving: Cell::new(false),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
@@ -167,12 +179,13 @@ async fn attached(
     let refuse = async |why: String| {
         let _ = fdpass::send(&stream, &Notice::Refused { why }, None).await;
     };
-    let taken = {
-        let members = network.members.borrow();
-        let same = |m: &Member| m.place.address == place.address;
-        members.contains_key(&mac) || members.values().any(same)
+    // Whoever had this place may be just about to leave it.
+    let free = async {
+        while network.holds(mac, place.address) {
+            network.left.notified().await;
+        }
     };
-    if taken {
+    if tokio::time::timeout(HANDOVER, free).await.is_err() {
         return refuse(format!("{mac} or {} is already on the network", place.address)).await;
     }
     let fd = match tap::make(interface) {
@@ -199,6 +212,7 @@ async fn attached(
     }
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();
+    network.left.notify_waiters();
 }
 
 async fn dial(address: SocketAddr, protocol: Protocol) -> std::io::Result<OwnedFd> {

@@ -4,7 +4,8 @@ use lodge_vm_tests::lab::command;
 use lodge_vm_tests::{Lab, assets};
 
 fn ssh(key: &std::path::Path, port: u16, line: &str) -> String {
-    let output = command("ssh")
+    let output = command("timeout")
+        .args(["100", "ssh"])
         .args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
         .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", "-i"])
         .arg(key)
@@ -34,6 +35,8 @@ fn debian_boots_takes_its_files_and_shuts_down() {
         &public,
         "--port",
         "18434:22",
+        "--port",
+        "18433:7000/udp",
         "--file",
         &format!("/etc/motd={}", motd.display()),
         "--wait",
@@ -51,6 +54,23 @@ fn debian_boots_takes_its_files_and_shuts_down() {
     assert_eq!(lines[..3], ["web", "from the host", "600"]);
     let failed = ssh(&key, 18434, "systemctl --failed --no-legend; df --output=fstype / | tail -1");
     assert_eq!(failed.trim(), "ext4");
+    let echo = "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 7000, Proto => \
+                \"udp\"); $s->recv($b, 99); $s->send(uc $b)'";
+    let answer = std::thread::scope(|scope| {
+        let served = scope.spawn(|| ssh(&key, 18434, echo));
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect("127.0.0.1:18433").unwrap();
+        socket.set_read_timeout(Some(std::time::Duration::from_millis(500))).unwrap();
+        let mut answer = [0; 99];
+        while !served.is_finished() {
+            socket.send(b"over udp").unwrap();
+            if let Ok(count) = socket.recv(&mut answer) {
+                return String::from_utf8_lossy(&answer[..count]).into_owned();
+            }
+        }
+        String::new()
+    });
+    assert_eq!(answer, "OVER UDP");
     // The guest hears its power button and ends by itself.
     lab.ok(&["stop", "web", "--timeout", "120"]);
     let events = lab.ok(&["events", "web"]);

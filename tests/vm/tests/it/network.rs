@@ -86,20 +86,3 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err(), "somebody got through");
 }
-
-#[test]
-fn udp_ports_lead_into_the_guest() {
-    let lab = Lab::new();
-    run(&lab, "a", &["--port", "18433:7000/udp"]);
-    lab.type_and_see(
-        "a",
-        "sleep 1000 | nc -u -l -p 7000 & echo listening-$((3 + 3))\n",
-        "listening-6",
-    );
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.connect("127.0.0.1:18433").unwrap();
-    lab.until("the datagram", || {
-        socket.send(b"over-udp\n").unwrap();
-        lab.console_text("a").contains("over-udp")
-    });
-}
