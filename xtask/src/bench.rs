@@ -1,4 +1,368 @@
-//! Placeholder header
-pub(crate) fn bench() -> anyhow::Result<()> {
-    anyhow::bail!("not yet")
+//! Figures, as ratios against what people would run otherwise, side by side in one run. Nothing
+//! is asserted here: what falls short is printed like everything else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::run::{command, say};
+
+const ROUNDS: usize = 7;
+
+struct Bench {
+    lodge: PathBuf,
+    home: PathBuf,
+    kernel: String,
+    initrd: String,
+}
+
+struct Row {
+    figure: &'static str,
+    measured: String,
+    target: &'static str,
+}
+
+pub(crate) fn bench() -> Result<()> {
+    let cache = PathBuf::from(std::env::var("HOME").unwrap_or_default()).join(".cache/lodge-test");
+    let kernel =
+        newest(&cache, "vmlinuz").context("run `make vm-test` once: it makes the guests")?;
+    let initrd =
+        newest(&cache, "guest-").context("run `make vm-test` once: it makes the guests")?;
+    let home = std::env::temp_dir().join(format!("lodge-bench-{}", std::process::id()));
+    fs::create_dir_all(&home)?;
+    let lodge = std::env::current_dir()?.join("target/release/lodge");
+    let bench = Bench { lodge, home: home.clone(), kernel, initrd };
+    let rows = bench.measure();
+    bench.quiet(&["gc"])?;
+    if let Some(pid) = bench.daemon() {
+        command("kill").arg(pid.to_string()).status()?;
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    fs::remove_dir_all(&home)?;
+    say("");
+    for Row { figure, measured, target } in rows? {
+        say(&format!("{figure:<62} {measured:>28}   {target}"));
+    }
+    Ok(())
+}
+
+/// The file below `dir` with such a name that was made last.
+fn newest(dir: &Path, start: &str) -> Option<String> {
+    let mut found: Vec<(std::time::SystemTime, PathBuf)> = Vec::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).ok()?.flatten() {
+            let path = entry.path();
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if path.is_dir() && (name.starts_with("linux-image") || name == "boot") {
+                folders.push(path);
+            } else if name.starts_with(start) {
+                found.push((entry.metadata().ok()?.modified().ok()?, path));
+            }
+        }
+    }
+    found.into_iter().max().map(|(_, path)| path.to_string_lossy().into_owned())
+}
+
+fn median(mut list: Vec<f64>) -> f64 {
+    list.sort_by(f64::total_cmp);
+    list[list.len() / 2]
+}
+
+fn p95(mut list: Vec<f64>) -> f64 {
+    list.sort_by(f64::total_cmp);
+    list[(list.len() * 95).div_ceil(100) - 1]
+}
+
+fn memory(pid: u32, field: &str, file: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let line = text.lines().filter_map(|l| l.strip_prefix(field));
+    line.filter_map(|l| l.split_whitespace().next()?.parse::<f64>().ok()).sum::<f64>() / 1024.0
+}
+
+impl Bench {
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = command(&self.lodge.to_string_lossy());
+        command.args(args).env("LODGE_HOME", &self.home).stdin(Stdio::null());
+        command
+    }
+
+    fn quiet(&self, args: &[&str]) -> Result<String> {
+        let output = self.command(args).output()?;
+        if !output.status.success() {
+            bail!("lodge {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn json(&self, args: &[&str]) -> Result<Value> {
+        Ok(serde_json::from_str(&self.quiet(&[&["-o", "json"], args].concat())?)?)
+    }
+
+    fn daemon(&self) -> Option<u32> {
+        let socket =
+            std::os::unix::net::UnixStream::connect(self.home.join("run/lodge.sock")).ok()?;
+        use std::io::{BufRead, Write};
+        (&socket).write_all(b"{\"do\":\"ping\"}\n").ok()?;
+        let mut line = String::new();
+        std::io::BufReader::new(&socket).read_line(&mut line).ok()?;
+        serde_json::from_str::<Value>(&line).ok()?["pid"].as_u64()?.try_into().ok()
+    }
+
+    fn create(&self, name: &str, nics: &str) -> Result<()> {
+        let (kernel, initrd) = (&self.kernel, &self.initrd);
+        let text = format!(
+            "name: {name}\nmemory: 128MiB\nnics: {nics}\nready: console:GUEST-READY\n\
+             boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
+        );
+        let file = self.home.join("machine.yaml");
+        fs::write(&file, text)?;
+        self.quiet(&["create", &file.to_string_lossy()]).map(drop)
+    }
+
+    /// Milliseconds from the request to a moment of the last start.
+    fn moment(&self, name: &str, kind: &str) -> Result<f64> {
+        let events = self.json(&["timeline", name])?;
+        let at = |e: &Value| e["at_us"].as_f64().unwrap_or(0.0);
+        let list = events.as_array().context("a timeline")?;
+        let found = list.iter().find(|e| e["kind"] == kind).context("the moment")?;
+        Ok((at(found) - at(&list[0])) / 1000.0)
+    }
+
+    fn measure(&self) -> Result<Vec<Row>> {
+        self.quiet(&["doctor"])?;
+        let mut rows = vec![self.added()?];
+        rows.push(self.boot()?);
+        rows.extend(self.many()?);
+        rows.push(self.ten()?);
+        rows.push(self.adoption()?);
+        Ok(rows)
+    }
+
+    /// The hypervisor runs guest code once its control socket answers; by hand that is the same
+    /// QEMU with the same arguments, asked in the same way.
+    fn added(&self) -> Result<Row> {
+        self.create("one", "[{}]")?;
+        let (mut before, mut by_hand, mut whole) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            self.quiet(&["start", "one"])?;
+            before.push(self.moment("one", "entered")?);
+            whole.push(self.moment("one", "answers")?);
+            let inspected = self.json(&["inspect", "one"])?;
+            self.quiet(&["stop", "one", "--force"])?;
+            by_hand.push(self.hand_started(&inspected)?);
+        }
+        let (whole, hand) = (median(whole), median(by_hand));
+        let measured = format!("{:.0} ms ({:.0} to enter)", whole - hand, median(before));
+        let figure = "added to a start, network and jail included";
+        Ok(Row { figure, measured, target: "to reach: 30 ms" })
+    }
+
+    fn hand_started(&self, inspected: &Value) -> Result<f64> {
+        let argv = inspected["runs"]["argv"].as_array().context("arguments")?;
+        let argv: Vec<&str> = argv.iter().filter_map(Value::as_str).collect();
+        let socket = self.home.join("hand.sock");
+        let _ = fs::remove_file(&socket);
+        let mut args: Vec<String> = Vec::new();
+        let mut skip = false;
+        for arg in argv.iter().skip(1) {
+            if std::mem::take(&mut skip) {
+                continue;
+            }
+            if arg.starts_with("tap,") || arg.starts_with("virtio-net") {
+                args.pop();
+                continue;
+            }
+            let text = match *arg {
+                "/kernel" => self.unpacked()?,
+                "/initrd" => self.initrd.clone(),
+                a if a.starts_with("socket,id=qmp") => {
+                    format!("socket,id=qmp,path={},server=on,wait=off", socket.display())
+                }
+                a if a.starts_with("socket,id=console") => "null,id=console".to_owned(),
+                a => a.to_owned(),
+            };
+            args.push(text);
+        }
+        let begun = Instant::now();
+        let mut child = command("qemu-system-x86_64").args(&args).spawn()?;
+        let greeted = loop {
+            if let Ok(stream) = std::os::unix::net::UnixStream::connect(&socket) {
+                use std::io::{BufRead, Write};
+                let mut reader = std::io::BufReader::new(&stream);
+                let mut line = String::new();
+                reader.read_line(&mut line)?;
+                (&stream).write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+                reader.read_line(&mut line)?;
+                break begun.elapsed();
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        };
+        child.kill()?;
+        child.wait()?;
+        Ok(greeted.as_secs_f64() * 1000.0)
+    }
+
+    fn unpacked(&self) -> Result<String> {
+        let mut kernels = fs::read_dir(self.home.join("cache/kernels"))?.flatten();
+        let found = kernels.find(|e| e.path().extension().is_some_and(|x| x == "pvh"));
+        Ok(found.context("an unpacked kernel")?.path().to_string_lossy().into_owned())
+    }
+
+    /// Lodge's choice against the board and the kernel that people take by hand.
+    fn boot(&self) -> Result<Row> {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        self.create("two", "[]")?;
+        for _ in 0..ROUNDS {
+            let begun = Instant::now();
+            self.quiet(&["start", "two", "--wait", "ready"])?;
+            ours.push(begun.elapsed().as_secs_f64());
+            self.quiet(&["stop", "two", "--force"])?;
+            theirs.push(self.plain_boot()?);
+        }
+        let (ours, theirs) = (median(ours), median(theirs));
+        let measured = format!("{:.2}x ({ours:.2} s / {theirs:.2} s)", ours / theirs);
+        let figure = "boot to a marker, against qemu -M q35 with the bzImage";
+        Ok(Row { figure, measured, target: "to reach: 0.85x" })
+    }
+
+    fn plain_boot(&self) -> Result<f64> {
+        use std::io::Read;
+        let args = "-accel tcg -cpu max -nodefaults -no-user-config -M q35 -m 128 -display none -serial stdio";
+        let begun = Instant::now();
+        let mut child = command("qemu-system-x86_64")
+            .args(args.split(' '))
+            .args([
+                "-kernel",
+                &self.kernel,
+                "-initrd",
+                &self.initrd,
+                "-append",
+                "console=ttyS0 quiet",
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut seen = Vec::new();
+        let stdout = child.stdout.as_mut().context("piped")?;
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&seen).contains("GUEST-READY") {
+            let count = stdout.read(&mut buffer)?;
+            if count == 0 {
+                bail!("the guest by hand ended early");
+            }
+            seen.extend_from_slice(&buffer[..count]);
+        }
+        let took = begun.elapsed().as_secs_f64();
+        child.kill()?;
+        child.wait()?;
+        Ok(took)
+    }
+
+    /// Two hundred machines: creating, listing, and what the daemon weighs.
+    fn many(&self) -> Result<Vec<Row>> {
+        use std::io::{BufRead, Write};
+        let daemon = self.daemon().context("the daemon")?;
+        let idle = memory(daemon, "VmRSS:", "status");
+        let stream = std::os::unix::net::UnixStream::connect(self.home.join("run/lodge.sock"))?;
+        let mut reader = std::io::BufReader::new(&stream);
+        let mut ask = |request: String| -> Result<f64> {
+            let begun = Instant::now();
+            (&stream).write_all(request.as_bytes())?;
+            let mut line = String::new();
+            while line != "\n" {
+                line.clear();
+                reader.read_line(&mut line)?;
+            }
+            Ok(begun.elapsed().as_secs_f64() * 1000.0)
+        };
+        let mut creates = Vec::new();
+        for i in 0..200 {
+            creates.push(ask(format!(
+                "{{\"do\":\"create\",\"draft\":{{\"name\":\"m{i}\",\"disks\":[{{\"size\":\"1GiB\"}}],\"nics\":[]}}}}\n"
+            ))?);
+        }
+        let lists: Result<Vec<f64>> =
+            (0..50).map(|_| ask("{\"do\":\"list\",\"all\":true}\n".to_owned())).collect();
+        let loaded = memory(daemon, "VmRSS:", "status");
+        let row = |figure, measured, target| Row { figure, measured, target };
+        Ok(vec![
+            row("create, durable, p50", format!("{:.2} ms", median(creates)), "to reach: 3 ms"),
+            row(
+                "ls of 200 through the socket, p50",
+                format!("{:.2} ms", median(lists?)),
+                "to reach: 2 ms",
+            ),
+            row("daemon, resident, idle", format!("{idle:.1} MiB"), "to reach: 12 MiB"),
+            row("daemon, resident, 200 machines", format!("{loaded:.1} MiB"), "to reach: 18 MiB"),
+        ])
+    }
+
+    fn ten(&self) -> Result<Row> {
+        let names: Vec<String> = (0..10).map(|i| format!("t{i}")).collect();
+        for name in &names {
+            self.create(name, "[]")?;
+        }
+        let mut alone = Vec::new();
+        for _ in 0..5 {
+            self.quiet(&["start", "t0"])?;
+            alone.push(self.moment("t0", "entered")?);
+            self.quiet(&["stop", "t0", "--force"])?;
+        }
+        std::thread::scope(|scope| {
+            for name in &names {
+                scope.spawn(|| self.quiet(&["start", name]));
+            }
+        });
+        let together: Result<Vec<f64>> = names.iter().map(|n| self.moment(n, "entered")).collect();
+        let (together, alone) = (p95(together?), median(alone));
+        for name in &names {
+            self.quiet(&["rm", "--force", name])?;
+        }
+        let measured = format!("{:.1}x ({together:.0} / {alone:.0} ms)", together / alone);
+        Ok(Row {
+            figure: "ten at once, p95 until entered, against one alone",
+            measured,
+            target: "to reach: 2x",
+        })
+    }
+
+    fn adoption(&self) -> Result<Row> {
+        let names: Vec<String> = (0..5).map(|i| format!("a{i}")).collect();
+        for name in &names {
+            self.create(name, "[]")?;
+            self.quiet(&["start", name])?;
+        }
+        let pid = self.daemon().context("the daemon")?;
+        let inspected = self.json(&["inspect", "a0"])?;
+        let hypervisor = inspected["runs"]["pid"].as_u64().context("a process")?;
+        let status = fs::read_to_string(format!("/proc/{hypervisor}/status"))?;
+        let warden = status.lines().find_map(|l| l.strip_prefix("PPid:")).context("a parent")?;
+        let private = memory(warden.trim().parse()?, "Private_Dirty:", "smaps_rollup");
+        command("kill").args(["-9", &pid.to_string()]).status()?;
+        std::thread::sleep(Duration::from_millis(200));
+        let begun = Instant::now();
+        for name in &names {
+            self.quiet(&["wait", name, "--for", "running"])?;
+        }
+        let list = self.quiet(&["events"])?;
+        let took = begun.elapsed().as_secs_f64();
+        if list.matches("adopted").count() < 5 {
+            bail!("not all were adopted");
+        }
+        say(&format!(
+            "{:<62} {:>28}   to reach: 3 MiB",
+            "warden, private",
+            format!("{private:.1} MiB")
+        ));
+        for name in &names {
+            self.quiet(&["rm", "--force", name])?;
+        }
+        let figure = "re-adoption of 5 after kill -9, commands included";
+        Ok(Row { figure, measured: format!("{took:.3} s"), target: "to reach: 0.1 s" })
+    }
 }

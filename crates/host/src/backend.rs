@@ -173,7 +173,7 @@ impl Unsupported {
     }
 
     pub fn need(need: &Need, backend: BackendKind, board: Board) -> Self {
-        let why = format!("{} is not possible on the {board} board", need.feature.describe());
+        let why = format!("the {board} board lacks {}", need.feature.describe());
         Self::new(&need.path, backend, why)
     }
 }

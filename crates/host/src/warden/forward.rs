@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use lodge_spec::machine::Protocol;
@@ -83,7 +83,7 @@ async fn udp(outside: Rc<UdpSocket>, guest: Guest) {
             let socket = std::net::UdpSocket::from(fd);
             let socket = socket.set_nonblocking(true).and_then(|()| UdpSocket::from_std(socket));
             let Ok(inside) = socket.map(Rc::new) else { continue };
-            tokio::task::spawn_local(answer(outside.clone(), inside.clone(), from));
+            tokio::task::spawn_local(answer(Rc::downgrade(&outside), inside.clone(), from));
             conversations.insert(from, inside);
         }
         if let Some(inside) = conversations.get(&from) {
@@ -92,9 +92,11 @@ async fn udp(outside: Rc<UdpSocket>, guest: Guest) {
     }
 }
 
-async fn answer(outside: Rc<UdpSocket>, inside: Rc<UdpSocket>, to: SocketAddr) {
+/// Carries answers back while the port is open; it does not keep it open.
+async fn answer(outside: Weak<UdpSocket>, inside: Rc<UdpSocket>, to: SocketAddr) {
     let mut buffer = vec![0; 65_536];
     while let Ok(Ok(count)) = tokio::time::timeout(UDP_IDLE, inside.recv(&mut buffer)).await {
+        let Some(outside) = outside.upgrade() else { return };
         let _ = outside.send_to(&buffer[..count], to).await;
     }
 }

@@ -48,7 +48,7 @@ fn unsupported_combinations_name_backend_and_field() {
     let plan = lab.run(&["plan", file.to_str().unwrap()]);
     assert!(!plan.status.success());
     let text = String::from_utf8_lossy(&plan.stdout).into_owned();
-    let line = "cpus.max: qemu: plugging in CPUs is not possible on the microvm board";
+    let line = "cpus.max: qemu: the microvm board lacks plugging in CPUs";
     assert!(text.contains("qemu: no") && text.contains(line), "{text}");
     lab.ok(&["create", file.to_str().unwrap()]);
     let name = lab.json(&["ls", "-a"])[0]["name"].as_str().unwrap().to_owned();

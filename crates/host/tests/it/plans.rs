@@ -1,0 +1,277 @@
+//! Plans for QEMU: what is chosen, why, and the arguments. No hypervisor is needed; the facts are
+//! those of hosts that were seen.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use expect_test::{Expect, expect};
+use lodge_host::backend::qemu::QemuFacts;
+use lodge_host::backend::qemu::plan::plan;
+use lodge_host::backend::{BootFiles, DiskFiles, DiskFormat, Launch, Layer, NicPlace, Survey};
+use lodge_host::facts::{Facts, Hierarchy, Program};
+use lodge_host::kvm::KvmFact;
+use lodge_spec::document;
+use lodge_spec::machine::{Boot, DiskSource, Machine};
+use lodge_spec::resolve::{Defaults, resolve};
+
+const FAST: KvmFact = KvmFact::Proven { speed: 3_000_000_000, arch_capabilities: true };
+/// A `/dev/kvm` that emulates long mode.
+const SLOW: KvmFact = KvmFact::Proven { speed: 1_726_368, arch_capabilities: false };
+
+fn facts(kvm: KvmFact, version: (u32, u32, u32)) -> Facts {
+    let set = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<BTreeSet<_>>();
+    Facts {
+        kvm,
+        tsc_khz: 2_596_000,
+        qemu: Ok(QemuFacts {
+            program: Program { path: "/usr/bin/qemu-system-x86_64".into(), files: Vec::new() },
+            version,
+            boards: set(&["microvm", "q35", "pc"]),
+            devices: BTreeSet::new(),
+            accels: set(&["kvm", "tcg"]),
+            data: Vec::new(),
+            uefi: Some(("/ovmf/code.fd".into(), "/ovmf/vars.fd".into())),
+        }),
+        cgroups: Hierarchy::None("a test".into()),
+        rootless: false,
+        tun: Ok(()),
+    }
+}
+
+fn machine(text: &str) -> Machine {
+    let id = "b8ab5fc1-8576-45ef-bb51-9826b52a4651".parse().unwrap();
+    resolve(document::parse(text).unwrap(), Defaults { id }).unwrap()
+}
+
+/// What a host would have for the machine; kernels have a PVH entry unless told otherwise.
+fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
+    let layer = |path: &str, format| Layer { path: path.into(), format, block_device: false };
+    let boot = match &machine.boot {
+        Boot::Kernel { kernel, initrd, cmdline } => BootFiles::Kernel {
+            kernel: kernel.clone(),
+            initrd: initrd.clone(),
+            cmdline: cmdline.clone(),
+            pvh,
+            virtio_mmio,
+        },
+        Boot::Firmware { .. } | Boot::Image { .. } => BootFiles::Firmware,
+    };
+    let disks = machine.disks.iter().map(|disk| DiskFiles {
+        layers: match &disk.source {
+            DiskSource::Path(path) => vec![layer(path.to_str().unwrap(), DiskFormat::Raw)],
+            DiskSource::Blank { .. } => vec![layer("/m/blank.qcow2", DiskFormat::Qcow2)],
+            DiskSource::Image { .. } => {
+                vec![layer("/m/top.qcow2", DiskFormat::Qcow2), layer("/i/base", DiskFormat::Raw)]
+            }
+        },
+    });
+    let nics = machine.nics.iter().map(|_| NicPlace {
+        network: "/run/net/default".into(),
+        interface: "tap".into(),
+        address: "10.0.2.15".parse().unwrap(),
+    });
+    Survey {
+        boot,
+        disks: disks.collect(),
+        nics: nics.collect(),
+        files_disk: None,
+        steps: Vec::new(),
+        run: PathBuf::from("/run/m"),
+        state: PathBuf::from("/m"),
+        uid: 7,
+        ready: None,
+    }
+}
+
+fn launch(text: &str, facts: &Facts) -> Launch {
+    let machine = machine(text);
+    plan(&machine, &survey(&machine, true, true), facts).unwrap()
+}
+
+/// The arguments, an option with its value on one line, without what all have.
+fn check(text: &str, facts: &Facts, arguments: Expect) {
+    let common = [
+        "-name",
+        "-uuid",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "-vga",
+        "-rtc",
+        "-sandbox",
+    ];
+    let argv = launch(text, facts).warden.jail.argv;
+    let mut lines = String::new();
+    let mut args = argv.iter().skip(1).peekable();
+    while let Some(option) = args.next() {
+        let value = args.next_if(|v| !v.starts_with('-')).cloned().unwrap_or_default();
+        if !common.contains(&option.as_str()) {
+            lines += format!("{option} {value}").trim_end();
+            lines.push('\n');
+        }
+    }
+    arguments.assert_eq(&lines);
+}
+
+fn refusal(text: &str, facts: &Facts) -> String {
+    let machine = machine(text);
+    let list = plan(&machine, &survey(&machine, true, true), facts).unwrap_err();
+    list.iter().map(|u| format!("{u}\n")).collect()
+}
+
+const KERNEL: &str = "boot: {kernel: /k, initrd: /i, cmdline: console=ttyS0}";
+
+#[test]
+fn a_kernel_with_a_disk_and_a_nic_under_tcg() {
+    check(
+        &format!("{KERNEL}\ndisks: [{{image: base}}]\n"),
+        &facts(SLOW, (7, 2, 22)),
+        expect![[r#"
+            -global virtio-mmio.force-legacy=false
+            -machine type=microvm
+            -accel tcg,thread=multi
+            -cpu max
+            -smp cpus=1,maxcpus=1,sockets=1,cores=1,threads=1
+            -m size=512M
+            -kernel /kernel
+            -initrd /initrd
+            -append console=ttyS0 tsc_early_khz=2596000 no_timer_check
+            -object rng-builtin,id=rng0
+            -device virtio-rng-device,rng=rng0
+            -device virtio-balloon-device,id=balloon0,deflate-on-oom=on
+            -add-fd fd=100,set=1
+            -add-fd fd=101,set=2
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-1","read-only":true}
+            -blockdev {"discard":"unmap","driver":"raw","file":"f-disk0-1","node-name":"d-disk0-1","read-only":true}
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk0-0","read-only":false}
+            -blockdev {"backing":"d-disk0-1","discard":"unmap","driver":"qcow2","file":"f-disk0-0","node-name":"d-disk0","read-only":false}
+            -device virtio-blk-device,id=disk-disk0,drive=d-disk0,serial=disk0
+            -netdev tap,id=n-nic0,fd=102
+            -device virtio-net-device,id=nic-nic0,netdev=n-nic0,mac=52:4c:b5:2a:46:51
+            -chardev socket,id=qmp,fd=103,server=on,wait=off
+            -mon chardev=qmp,mode=control
+            -chardev socket,id=console,fd=104
+            -serial chardev:console
+        "#]],
+    );
+}
+
+#[test]
+fn firmware_disks_and_hotplug_room_under_kvm() {
+    check(
+        "cpus: {count: 2, max: 8, threads: 2}\nmemory: {size: 1GiB, max: 2GiB}\nnics: [{model: e1000}]\n\
+         boot: {order: [cdrom, disk], once: network}\n\
+         disks: [{size: 1GiB, bus: scsi}, {source: /cd.iso, media: cdrom, bus: scsi}]\n",
+        &facts(FAST, (10, 0, 2)),
+        expect![[r#"
+            -machine type=q35
+            -accel kvm
+            -cpu host
+            -smp cpus=2,maxcpus=8,sockets=1,cores=4,threads=2
+            -m size=1024M,slots=16,maxmem=2048M
+            -boot order=dc,once=n,menu=off
+            -object rng-builtin,id=rng0
+            -device virtio-rng-pci,rng=rng0
+            -device virtio-balloon-pci,id=balloon0,deflate-on-oom=on
+            -add-fd fd=100,set=1
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-0","read-only":false}
+            -blockdev {"backing":null,"discard":"unmap","driver":"qcow2","file":"f-disk0-0","node-name":"d-disk0","read-only":false}
+            -device virtio-scsi-pci,id=scsi
+            -device scsi-hd,id=disk-disk0,drive=d-disk0,serial=disk0,bus=scsi.0
+            -add-fd fd=101,set=2
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk1-0","read-only":true}
+            -blockdev {"discard":"unmap","driver":"raw","file":"f-disk1-0","node-name":"d-disk1","read-only":true}
+            -device scsi-cd,id=disk-disk1,drive=d-disk1,serial=disk1,bus=scsi.0
+            -netdev tap,id=n-nic0,fd=102
+            -device e1000,id=nic-nic0,netdev=n-nic0,mac=52:4c:b5:2a:46:51
+            -device pcie-root-port,id=port0,chassis=1,slot=0
+            -device pcie-root-port,id=port1,chassis=2,slot=1
+            -device pcie-root-port,id=port2,chassis=3,slot=2
+            -device pcie-root-port,id=port3,chassis=4,slot=3
+            -chardev socket,id=qmp,fd=103,server=on,wait=off
+            -mon chardev=qmp,mode=control
+            -chardev socket,id=console,fd=104
+            -serial chardev:console
+        "#]],
+    );
+}
+
+fn has(text: &str, facts: &Facts, part: &str) -> bool {
+    launch(text, facts).warden.jail.argv.iter().any(|a| a.contains(part))
+}
+
+#[test]
+fn kvm_is_used_where_it_is_proven_and_nowhere_else() {
+    let text = format!("{KERNEL}\nnics: []\n");
+    let absent = KvmFact::Absent { why: "there is no /dev/kvm".into() };
+    for (kvm, accel) in [(FAST, "kvm"), (SLOW, "tcg"), (absent.clone(), "tcg")] {
+        let launch = launch(&text, &facts(kvm.clone(), (7, 2, 22)));
+        assert_eq!(launch.accel.as_str(), accel, "{kvm:?}");
+        assert!(launch.notes.iter().any(|n| n.starts_with(accel)), "{:?}", launch.notes);
+    }
+    let insists = format!("{text}accel: kvm\n");
+    assert_eq!(launch(&insists, &facts(SLOW, (7, 2, 22))).accel.as_str(), "kvm");
+    expect!["accel: qemu: there is no /dev/kvm\n"]
+        .assert_eq(&refusal(&insists, &facts(absent, (7, 2, 22))));
+}
+
+/// QEMU aborts when it sets a register that this KVM refuses.
+#[test]
+fn a_refused_register_is_left_out() {
+    let text = format!("{KERNEL}\nnics: []\naccel: kvm\n");
+    assert!(has(&text, &facts(SLOW, (7, 2, 22)), "host,-arch-capabilities"));
+    assert!(!has(&text, &facts(FAST, (7, 2, 22)), "-arch-capabilities"));
+}
+
+/// The guest's clock calibration hangs on a busy host; the old interrupt controller faults on 10.
+#[test]
+fn microvm_traps_are_stepped_around_under_tcg_only() {
+    let text = format!("{KERNEL}\nnics: []\n");
+    assert!(has(&text, &facts(SLOW, (7, 2, 22)), "tsc_early_khz=2596000 no_timer_check"));
+    assert!(!has(&text, &facts(FAST, (7, 2, 22)), "tsc_early_khz"));
+    assert!(has(&text, &facts(SLOW, (10, 0, 2)), "type=microvm,pic=off"));
+    assert!(!has(&text, &facts(SLOW, (7, 2, 22)), "pic=off"));
+    assert!(!has(&text, &facts(FAST, (10, 0, 2)), "pic=off"));
+    assert!(!has(&format!("{text}board: q35\n"), &facts(SLOW, (7, 2, 22)), "tsc_early_khz"));
+}
+
+#[test]
+fn the_board_is_the_least_that_suffices() {
+    let facts = facts(SLOW, (7, 2, 22));
+    let board = |text: &str, pvh, mmio| {
+        let machine = machine(text);
+        let launch = plan(&machine, &survey(&machine, pvh, mmio), &facts).unwrap();
+        (launch.board.as_str(), launch.notes[1].clone())
+    };
+    let bare = format!("{KERNEL}\nnics: []\n");
+    assert_eq!(board(&bare, true, false).0, "microvm");
+    let (name, why) = board(&bare, false, false);
+    assert_eq!(name, "q35");
+    assert!(why.contains("no PVH entry"), "{why}");
+    let (name, why) = board(KERNEL, true, false);
+    assert_eq!(name, "q35");
+    assert!(why.contains("not known to find devices"), "{why}");
+    assert_eq!(board(KERNEL, true, true).0, "microvm");
+    assert_eq!(board("disks: [{size: 1GiB, bus: ide}]", true, true).0, "pc");
+    assert_eq!(board("disks: [{size: 1GiB}]", true, true).0, "q35");
+}
+
+#[test]
+fn everything_that_is_in_the_way_is_named() {
+    let text = "board: microvm\ncpus: {count: 1, max: 2}\nshares: [{source: /s, tag: s}]\n\
+                disks: [{source: /cd, media: cdrom}]\nnics: [{model: rtl8139}]\n";
+    expect![[r#"
+        boot: qemu: the microvm board lacks booting through a BIOS
+        disks.disk0: qemu: the microvm board lacks CD-ROM drives
+        disks.disk0: qemu: the microvm board lacks disks on an ide bus
+        nics.nic0: qemu: the microvm board lacks e1000 or rtl8139 interfaces
+        cpus.max: qemu: the microvm board lacks plugging in CPUs
+        shares.s: qemu: the microvm board lacks shared folders
+        boot: qemu: the microvm board boots kernels only
+    "#]]
+    .assert_eq(&refusal(text, &facts(SLOW, (7, 2, 22))));
+    let mut without = facts(SLOW, (7, 2, 22));
+    without.qemu = Err("qemu-system-x86_64 is not installed".into());
+    without.tun = Err("no tun".into());
+    expect!["qemu: qemu-system-x86_64 is not installed\n"].assert_eq(&refusal(KERNEL, &without));
+}
