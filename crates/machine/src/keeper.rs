@@ -21,6 +21,9 @@ use crate::store::{self, Row, Store, StoreError, now_us};
 use crate::task::{Message, Published, STOP_TIMEOUT, Task};
 use crate::wait;
 
+/// A hypervisor that does not answer for so long is waited for later.
+const TAKE_UP: Duration = Duration::from_secs(5);
+
 #[derive(Clone)]
 struct Handle {
     inbox: mpsc::UnboundedSender<Message>,
@@ -72,13 +75,16 @@ impl<H: Host> Keeper<H> {
             creating: tokio::sync::Mutex::default(),
             events: broadcast::channel(1024).0,
         });
+        let mut taken_up = Vec::new();
         for row in store.machines().await? {
             let id: Result<MachineId, _> = row.id.parse();
             let record = id.map_err(|e| e.to_string());
             match record.and_then(|id| Record::from_text(id, &row.record)) {
                 Ok(record) => {
+                    let (sender, receiver) = oneshot::channel();
+                    taken_up.push(receiver);
                     let start = fresh_boot && record.machine.autostart;
-                    let handle = keeper.clone().spawn(record);
+                    let handle = keeper.clone().spawn(record, Some(sender));
                     if start {
                         let (answer, _) = oneshot::channel();
                         let stop_timeout = STOP_TIMEOUT;
@@ -99,6 +105,13 @@ impl<H: Host> Keeper<H> {
                 }
             }
         }
+        // What is said from the first moment on is what the hypervisors say.
+        let all = async {
+            for receiver in taken_up {
+                let _ = receiver.await;
+            }
+        };
+        let _ = tokio::time::timeout(TAKE_UP, all).await;
         Ok(keeper)
     }
 
@@ -115,7 +128,7 @@ impl<H: Host> Keeper<H> {
         self.events.subscribe()
     }
 
-    fn spawn(self: Arc<Self>, record: Record) -> Handle {
+    fn spawn(self: Arc<Self>, record: Record, taken_up: Option<oneshot::Sender<()>>) -> Handle {
         let id = record.machine.id;
         let published = Published { record: Arc::new(record.clone()), forgotten: false };
         let (publish, watch) = watch::channel(published);
@@ -135,6 +148,7 @@ impl<H: Host> Keeper<H> {
             sink,
             stop_timeout: STOP_TIMEOUT,
             timers: 0,
+            taken_up,
         };
         tokio::spawn(async move {
             task.run().await;
@@ -168,7 +182,7 @@ impl<H: Host> Keeper<H> {
         });
         let event = written.await.map_err(Refusal::failed)?;
         let _ = self.events.send(event);
-        Ok(summary(&self.clone().spawn(record).record()))
+        Ok(summary(&self.clone().spawn(record, None).record()))
     }
 
     /// The machine that a draft would become, checked against the host, nothing written.

@@ -55,6 +55,8 @@ pub(crate) struct Task<H> {
     pub(crate) stop_timeout: Duration,
     /// Timers of earlier generations are void.
     pub(crate) timers: u64,
+    /// Dropped once what is published is what is.
+    pub(crate) taken_up: Option<oneshot::Sender<()>>,
 }
 
 impl<H: Host> Task<H> {
@@ -72,6 +74,7 @@ impl<H: Host> Task<H> {
         } else if self.record.life.restart_due {
             self.arm(Duration::ZERO, Seen::RestartDue);
         }
+        drop(self.taken_up.take());
         loop {
             let gone = tokio::select! {
                 Some(message) = self.inbox.recv() => self.handle(message).await,
