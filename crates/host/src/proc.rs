@@ -122,3 +122,13 @@ pub async fn ended(pid: u32) {
         let _ = ended.readable().await;
     }
 }
+
+/// Tells the allocator to give memory back: a daemon lives long and works in short bursts.
+pub fn stay_small() {
+    // SAFETY: plain numbers, before there is a second thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10);
+    }
+}

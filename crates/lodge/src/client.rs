@@ -1,5 +1,6 @@
 //! Reaching the daemon, and starting it where none runs.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use lodge_doors::native::wire::Client;
 use lodge_host::paths::Paths;
 use lodge_host::proc::Tool;
+use lodge_spec::request::Request;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
 /// A daemon that has to take up its machines first has this long.
@@ -15,11 +17,18 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A connection to the daemon of these paths.
 pub(crate) async fn connect(paths: &Paths) -> Result<Client> {
     let socket = paths.socket();
-    if let Ok(client) = Client::connect(&socket).await {
+    if let Ok(client) = greet(&socket).await {
         return Ok(client);
     }
     start().await?;
-    Client::connect(&socket).await.with_context(|| socket.display().to_string())
+    greet(&socket).await.with_context(|| socket.display().to_string())
+}
+
+/// A daemon that was killed a moment ago may still have a socket; only an answer counts.
+async fn greet(socket: &Path) -> Result<Client> {
+    let mut client = Client::connect(socket).await?;
+    client.ask(&Request::Ping).await??;
+    Ok(client)
 }
 
 /// Starts a daemon that stays when this command ends.

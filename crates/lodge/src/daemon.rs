@@ -17,6 +17,7 @@ use crate::answer::Answer;
 pub(crate) fn serve() -> Result<()> {
     // Whoever started us may have left descriptors open that we would hold for ever.
     lodge_host::proc::close_inherited();
+    lodge_host::proc::stay_small();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_stack_size(512 << 10)

@@ -43,6 +43,9 @@ impl Lab {
         let mut lab = Self::new();
         lab.user = Some(uid);
         std::os::unix::fs::chown(lab.home(), Some(uid), Some(uid)).unwrap();
+        let tun = lab.home().join("tun");
+        let made = command("mknod").args(["-m", "666"]).arg(&tun).args(["c", "10", "200"]).status();
+        assert!(made.unwrap().success());
         lab
     }
 
@@ -61,9 +64,12 @@ impl Lab {
         let mut command = match self.user {
             None => command(&self.program),
             Some(uid) => {
-                let mut command = command("setpriv");
+                // Every distribution's udev opens this device to all; a host without udev does not.
+                let script = "mount --bind \"$1\" /dev/net/tun; shift; exec \"$@\"";
+                let mut command = command("unshare");
+                command.args(["-m", "sh", "-c", script, "sh"]).arg(self.home().join("tun"));
                 let uid = uid.to_string();
-                command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups"]);
+                command.args(["setpriv", "--reuid", &uid, "--regid", &uid, "--clear-groups"]);
                 command.arg(&self.program);
                 command
             }

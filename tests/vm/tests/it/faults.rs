@@ -82,7 +82,9 @@ fn a_killed_warden_takes_its_hypervisor_along() {
     lab.until("the failure", || lab.state("a") == "failed");
     let gone = || !std::path::Path::new(&format!("/proc/{pid}/fd/0")).exists();
     lab.until("the hypervisor's end", gone);
-    assert_eq!(lab.json(&["gc", "--dry-run"]), serde_json::json!([]));
+    lab.until("what it had to be given back", || {
+        lab.json(&["gc", "--dry-run"]) == serde_json::json!([])
+    });
 }
 
 #[test]
