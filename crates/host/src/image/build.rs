@@ -64,6 +64,7 @@ impl Images {
         let made = tokio::task::spawn_blocking(made).await.map_err(Refusal::failed)?;
         let (kernel, initrd, disk) =
             made.map_err(|e| Refusal::failed(format!("building {name}: {e}")))?;
+        let kernel_path = self.path(&kernel);
         let manifest = Manifest {
             name,
             kernel: Some(kernel),
@@ -77,6 +78,8 @@ impl Images {
             created_at: rfc3339(now_us()),
         };
         self.put(&manifest).await?;
+        // The first start finds its kernel unpacked; one that cannot be boots as it is.
+        let _ = super::kernel::unpack(&kernel_path, &self.paths.cache());
         Ok(manifest)
     }
 
@@ -119,7 +122,10 @@ impl Images {
         let mut last = Vec::new();
         while let Ok(Some(line)) = lines.next_line().await {
             if let Some(step) = line.strip_prefix("I: ") {
-                tell(step.trim_end_matches("..."), 0, 0);
+                // Its own scratch and hooks are nobody's business.
+                if !step.contains(['/', '\'']) {
+                    tell(step.trim_end_matches("..."), 0, 0);
+                }
             } else {
                 last.push(line);
                 let excess = last.len().saturating_sub(8);

@@ -190,3 +190,45 @@ fn a_damaged_record_is_one_broken_machine() {
     lab.ok(&["rm", "a"]);
     assert_eq!(lab.state("a"), "absent");
 }
+
+/// A reboot takes processes and leaves files: their numbers and sockets mean nothing any more.
+#[test]
+fn what_a_reboot_leaves_is_recognised() {
+    let lab = Lab::new();
+    run_script(&lab, "a", TICKING);
+    let pid = lab.pid_of_hypervisor("a");
+    lab.kill_daemon();
+    kill(pid, 9);
+    let run = std::fs::read_dir(lab.home().join("run/m")).unwrap().next().unwrap().unwrap().path();
+    let exit = run.join("exit.json");
+    lab.until("the warden's end", || exit.exists());
+    std::fs::remove_file(exit).unwrap();
+    let launch = run.join("launch.json");
+    let text = std::fs::read_to_string(&launch).unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let other = "00000000-0000-4000-8000-000000000000";
+    assert!(text.contains(boot.trim()));
+    std::fs::write(&launch, text.replace(boot.trim(), other)).unwrap();
+    assert_eq!(lab.state("a"), "failed");
+    assert_eq!(lab.machine("a")["reason"], "the host was restarted");
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "170"]);
+}
+
+#[test]
+fn a_build_that_is_broken_off_leaves_nothing() {
+    let lab = Lab::new();
+    lab.ok(&["ls"]);
+    let mut build = lab.command(&["image", "build", "debian-12"]).spawn().unwrap();
+    let cache = lab.home().join("cache");
+    let scratch = || {
+        let entries = std::fs::read_dir(&cache).unwrap().flatten();
+        let mut names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
+        names.any(|n| n.starts_with("build-"))
+    };
+    lab.until("the build", scratch);
+    kill(build.id(), 2);
+    assert!(!build.wait().unwrap().success());
+    lab.until("the scratch to go", || !scratch());
+    assert_eq!(lab.json(&["image", "ls"]), serde_json::json!([]));
+    assert_eq!(lab.json(&["gc", "--dry-run"]), serde_json::json!([]));
+}
