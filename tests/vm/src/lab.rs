@@ -95,6 +95,19 @@ impl Lab {
         text
     }
 
+    /// Starts a small guest on the cloud kernel and waits until it says that it is there.
+    pub fn boot(&self, name: &str, initrd: &str, more: &[&str]) {
+        self.boot_kernel(name, &crate::assets::kernel(), initrd, more);
+    }
+
+    pub fn boot_kernel(&self, name: &str, kernel: &str, initrd: &str, more: &[&str]) {
+        let mut args = vec!["run", "--name", name, "--kernel", kernel, "--initrd", initrd];
+        args.extend(["--append", "console=ttyS0 quiet", "--memory", "256MiB"]);
+        args.extend(["--ready", "console:GUEST-READY", "--wait", "ready", "--timeout", "170"]);
+        args.extend(more);
+        self.ok(&args);
+    }
+
     /// Runs a command that must fail; returns its complaint.
     pub fn fails(&self, args: &[&str]) -> String {
         let output = self.run(args);

@@ -129,3 +129,19 @@ fn uefi_firmware_comes_up_with_variables_of_its_own() {
     let id = lab.machine("a")["id"].as_str().unwrap().to_owned();
     assert!(lab.home().join(format!("machines/{id}/uefi-vars.fd")).exists());
 }
+
+/// The cloud kernel has no 9p, so the guest's side ends at the device; the host's side is whole.
+#[test]
+fn shared_folders_are_devices_of_the_guest() {
+    let lab = Lab::new();
+    for name in ["kept", "open"] {
+        std::fs::create_dir(lab.home().join(name)).unwrap();
+    }
+    let home = lab.home().display();
+    let shares = format!(
+        "shares:\n- {{source: {home}/kept, tag: kept}}\n- {{source: {home}/open, tag: open, read_only: false}}\n"
+    );
+    start(&lab, "a", &kernel_boot(&shares));
+    let count = "echo shares-$(cat /sys/bus/virtio/devices/*/device | grep -c 0x0009)\n";
+    lab.type_and_see("a", count, "shares-2");
+}

@@ -4,28 +4,7 @@ use lodge_vm_tests::lab::kill;
 use lodge_vm_tests::{Lab, assets};
 
 fn run_script(lab: &Lab, name: &str, script: &str) {
-    let (kernel, initrd) = (assets::kernel(), assets::guest(script));
-    lab.ok(&[
-        "run",
-        "--name",
-        name,
-        "--kernel",
-        &kernel,
-        "--initrd",
-        &initrd,
-        "--append",
-        "console=ttyS0 quiet",
-        "--net",
-        "none",
-        "--memory",
-        "256MiB",
-        "--ready",
-        "console:GUEST-READY",
-        "--wait",
-        "ready",
-        "--timeout",
-        "170",
-    ]);
+    lab.boot(name, &assets::guest(script), &["--net", "none"]);
 }
 
 const TICKING: &str =

@@ -6,28 +6,7 @@ use lodge_vm_tests::lab::{end, wait_for_text};
 use lodge_vm_tests::{Lab, assets};
 
 fn run(lab: &Lab, name: &str) {
-    let (kernel, initrd) = (assets::kernel(), assets::shell());
-    lab.ok(&[
-        "run",
-        "--name",
-        name,
-        "--kernel",
-        &kernel,
-        "--initrd",
-        &initrd,
-        "--append",
-        "console=ttyS0 quiet",
-        "--net",
-        "none",
-        "--memory",
-        "256MiB",
-        "--ready",
-        "console:GUEST-READY",
-        "--wait",
-        "ready",
-        "--timeout",
-        "170",
-    ]);
+    lab.boot(name, &assets::shell(), &["--net", "none"]);
 }
 
 #[test]
@@ -173,30 +152,8 @@ fn files_reach_a_guest_that_has_no_disk() {
     let lab = Lab::new();
     let file = lab.home().join("hello");
     std::fs::write(&file, "hello from the host\n").unwrap();
-    let (kernel, initrd) =
-        (assets::kernel(), assets::guest("cat /etc/hello\necho GUEST-READY\nsh\n"));
-    lab.ok(&[
-        "run",
-        "--name",
-        "a",
-        "--kernel",
-        &kernel,
-        "--initrd",
-        &initrd,
-        "--append",
-        "console=ttyS0 quiet",
-        "--net",
-        "none",
-        "--memory",
-        "256MiB",
-        "--file",
-        &format!("/etc/hello={}", file.display()),
-        "--ready",
-        "console:GUEST-READY",
-        "--wait",
-        "ready",
-        "--timeout",
-        "170",
-    ]);
+    let initrd = assets::guest("cat /etc/hello\necho GUEST-READY\nsh\n");
+    let put = format!("/etc/hello={}", file.display());
+    lab.boot("a", &initrd, &["--net", "none", "--file", &put]);
     assert!(lab.console_text("a").contains("hello from the host"));
 }

@@ -6,28 +6,7 @@ use std::net::TcpStream;
 use lodge_vm_tests::{Lab, assets};
 
 fn run(lab: &Lab, name: &str, more: &[&str]) {
-    let (kernel, initrd) = (assets::kernel(), assets::networked());
-    let mut args = vec![
-        "run",
-        "--name",
-        name,
-        "--kernel",
-        &kernel,
-        "--initrd",
-        &initrd,
-        "--append",
-        "console=ttyS0 quiet",
-        "--memory",
-        "256MiB",
-        "--ready",
-        "console:GUEST-READY",
-        "--wait",
-        "ready",
-        "--timeout",
-        "170",
-    ];
-    args.extend(more);
-    lab.ok(&args);
+    lab.boot(name, &assets::networked(), more);
 }
 
 fn get(port: u16) -> String {

@@ -36,27 +36,7 @@ fn a_user_runs_machines_in_a_jail_and_on_a_network() {
     let (kernel, initrd) = open_up();
     let lab = Lab::of_user(USER);
     for (name, port) in [("a", "18435:80"), ("b", "18436:80")] {
-        lab.ok(&[
-            "run",
-            "--name",
-            name,
-            "--kernel",
-            &kernel,
-            "--initrd",
-            &initrd,
-            "--append",
-            "console=ttyS0 quiet",
-            "--memory",
-            "256MiB",
-            "--port",
-            port,
-            "--ready",
-            "console:GUEST-READY",
-            "--wait",
-            "ready",
-            "--timeout",
-            "170",
-        ]);
+        lab.boot_kernel(name, &kernel, &initrd, &["--port", port]);
     }
     let held = lab.json(&["inspect", "a"])["runs"]["confinement"].clone();
     assert_eq!(held["seccomp_mode"], 2);
