@@ -37,6 +37,12 @@ impl Paths {
     pub fn make(&self) -> io::Result<()> {
         for dir in [&self.state, &self.run, &self.machines(), &self.blobs(), &self.cache()] {
             make_dir(dir)?;
+            // A folder that somebody else prepared for us in a public place is a trap.
+            use std::os::unix::fs::MetadataExt;
+            if std::fs::metadata(dir)?.uid() != rustix::process::geteuid().as_raw() {
+                let what = format!("{} belongs to another user", dir.display());
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+            }
         }
         Ok(())
     }

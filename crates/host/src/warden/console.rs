@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use regex_lite::Regex;
@@ -43,7 +44,7 @@ impl Log {
             let _ = fs::rename(numbered(&self.path, n), numbered(&self.path, n + 1));
         }
         let _ = fs::rename(&self.path, numbered(&self.path, 1));
-        if let Ok(file) = File::options().create(true).append(true).open(&self.path) {
+        if let Ok(file) = File::options().create(true).append(true).mode(0o600).open(&self.path) {
             (self.file, self.size) = (file, 0);
         }
     }

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Stdio;
@@ -49,7 +50,8 @@ pub(super) fn start() -> Result<Started, String> {
     let listeners = bind_ports(&plan.ports)?;
     let warden = listen(&message::socket(&plan.run))?;
     let attach = listen(&message::console_socket(&plan.run))?;
-    let log = File::options().create(true).append(true).open(&plan.console_log);
+    // What a guest prints is its owner's alone.
+    let log = File::options().create(true).append(true).mode(0o600).open(&plan.console_log);
     let log = log.map_err(text(plan.console_log.display()))?;
     let mut networks = Vec::new();
     for tap in &plan.taps {
