@@ -2,6 +2,7 @@
 //! knows nothing about machines.
 
 mod bench;
+mod leftovers;
 mod run;
 mod tidy;
 
@@ -50,12 +51,24 @@ fn check() -> anyhow::Result<()> {
 
 /// Real machines under real hypervisors. Needs root, QEMU and Debian's packages.
 fn vm_test() -> anyhow::Result<()> {
-    run::all(&[
+    let before = leftovers::look();
+    let tested = run::all(&[
         Step::new(
             "build",
             "cargo",
             &["build", "--profile", "quick", "-p", "lodge", "-p", "lodge-jail"],
         ),
-        Step::new("machines", "cargo", &["test", "-p", "lodge-vm-tests", "--", "--nocapture"]),
-    ])
+        Step::new(
+            "machines",
+            "cargo",
+            &["test", "-p", "lodge-vm-tests", "--test", "it", "--", "--nocapture"],
+        ),
+    ]);
+    let left = leftovers::since(&before);
+    for object in &left {
+        run::say(&format!("left behind: {object}"));
+    }
+    tested?;
+    anyhow::ensure!(left.is_empty(), "the suite left {} host objects behind", left.len());
+    Ok(())
 }

@@ -65,3 +65,56 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err(), "somebody got through");
 }
+
+#[test]
+fn readiness_can_be_a_lease_or_an_open_port() {
+    let lab = Lab::new();
+    let (kernel, initrd) = (assets::kernel(), assets::networked());
+    for (name, ready) in [("lease", "dhcp"), ("port", "port:80")] {
+        lab.ok(&[
+            "run",
+            "--name",
+            name,
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--append",
+            "console=ttyS0 quiet",
+            "--memory",
+            "256MiB",
+            "--ready",
+            ready,
+            "--wait",
+            "ready",
+            "--timeout",
+            "170",
+        ]);
+        assert_eq!(lab.machine(name)["ready"], true);
+        // The lease is given before the guest can say that it has it.
+        lab.until("its address", || lab.console_text(name).contains("DHCP-GOT"));
+        lab.ok(&["stop", name, "--force"]);
+    }
+    let late = lab.run(&[
+        "run",
+        "--name",
+        "never",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--append",
+        "console=ttyS0 quiet",
+        "--memory",
+        "256MiB",
+        "--ready",
+        "port:81",
+        "--wait",
+        "ready",
+        "--timeout",
+        "1",
+    ]);
+    assert_eq!(late.status.code(), Some(124));
+    let complaint = String::from_utf8_lossy(&late.stderr).into_owned();
+    assert!(complaint.contains("never was not ready after 1 s"), "{complaint}");
+}
