@@ -259,11 +259,7 @@ impl Live {
                 };
                 self.control.add_disk(disk, files, board, open).await
             }
-            Change::RemoveDisk { name } => {
-                let old = &self.launch.warden.jail.argv;
-                let layered = old.iter().any(|a| a.contains(&format!("\"f-{name}-1\"")));
-                self.control.remove_disk(&name, if layered { 2 } else { 1 }).await
-            }
+            Change::RemoveDisk { name } => self.control.remove_disk(&name).await,
             Change::AddNic { .. } => {
                 let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
                 let _one = networks.lock().await;

@@ -167,13 +167,19 @@ impl Control {
         result.map_err(|e| e.to_string())
     }
 
-    pub async fn remove_disk(&self, name: &str, layers: usize) -> Result<(), String> {
+    /// Takes a disk away, with all its layers.
+    pub async fn remove_disk(&self, name: &str) -> Result<(), String> {
         self.unplug(&format!("disk-{name}")).await?;
-        for depth in 0..layers {
+        for depth in 0.. {
             let node = if depth == 0 { format!("d-{name}") } else { format!("d-{name}-{depth}") };
             for node in [node, format!("f-{name}-{depth}")] {
                 let deleted = self.qmp.ask("blockdev-del", json!({"node-name": node})).await;
-                deleted.map_err(|e| e.to_string())?;
+                match deleted {
+                    Ok(_) => {}
+                    // There is no layer below the last one.
+                    Err(QmpError::Refused { .. }) if depth > 0 => return Ok(()),
+                    Err(error) => return Err(error.to_string()),
+                }
             }
         }
         Ok(())
