@@ -97,9 +97,11 @@ pub(crate) async fn host_side(plan: &NetPlan) -> Result<(), SetupError> {
     }
 }
 
-/// Takes the host's end away; the link itself goes with the namespace.
+/// Takes the host's end away. The link too: a connection that was cut off can hold the namespace
+/// for minutes after its last process.
 pub(crate) async fn forget_host_side(plan: &NetPlan) {
     let table = table(plan);
+    let _ = ip(&format!("link del {}\n", plan.host_interface)).await;
     let _ = nft(&format!("table ip {table}\ndelete table ip {table}\n")).await;
 }
 
