@@ -187,7 +187,7 @@ impl<H: Host> Keeper<H> {
 
     /// The machine that a draft would become, checked against the host, nothing written.
     pub async fn resolve_new(&self, draft: Draft) -> Result<Machine, Refusal> {
-        let id = MachineId(uuid_v4());
+        let id = MachineId(uuid::Uuid::new_v4());
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         let machine = resolve(draft, Defaults { id }).map_err(invalid)?;
         self.host.check(&machine).await.map_err(invalid)?;
@@ -233,15 +233,16 @@ impl<H: Host> Keeper<H> {
 
     fn handle(&self, target: &str) -> Result<Handle, Refusal> {
         let machines = self.machines.read().expect("not poisoned");
+        // What is asked most is found without looking at every machine's identity as text.
+        let by_id = target.parse().ok().and_then(|id: MachineId| machines.get(&id));
+        let named = |h: &&Handle| h.published.borrow().record.machine.name.as_str() == target;
+        if let Some(handle) = by_id.or_else(|| machines.values().find(named)) {
+            return Ok(handle.clone());
+        }
         let named: Vec<(String, String, &Handle)> = machines
             .iter()
             .map(|(id, h)| (id.to_string(), h.record().machine.name.to_string(), h))
             .collect();
-        if let Some((_, _, handle)) =
-            named.iter().find(|(id, name, _)| name == target || id == target)
-        {
-            return Ok((*handle).clone());
-        }
         let begins = |id: &str| target.len() >= 4 && id.starts_with(target);
         let candidates: Vec<_> = named.iter().filter(|(id, _, _)| begins(id)).collect();
         match candidates.as_slice() {
@@ -395,10 +396,6 @@ impl<H: Host> Keeper<H> {
         ids.extend(broken.keys().filter_map(|id| id.parse::<MachineId>().ok()));
         ids
     }
-}
-
-fn uuid_v4() -> uuid::Uuid {
-    uuid::Uuid::new_v4()
 }
 
 fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {

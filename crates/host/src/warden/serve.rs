@@ -15,9 +15,9 @@ use tokio::sync::broadcast;
 use super::console::{Log, Sign, Watcher};
 use super::forward::{self, Guest};
 use super::message::{Ask, Exit, Status, Tell, exit_file};
-use super::start::{self, Started};
+use super::start::Started;
 use crate::fdpass::{self, Lines};
-use crate::net::client::Notice;
+use crate::net::client::{self, Notice};
 use crate::paths;
 
 /// What the parts of a warden share; one thread, so cells suffice.
@@ -231,7 +231,7 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
             true
         }
         Ask::Tap { tap } => {
-            let made = start::one_more(&tap);
+            let made = client::attach(&tap);
             let fd: Option<&OwnedFd> = made.as_ref().ok().map(|(_, fd)| fd);
             let tell = Tell::Tap { error: made.as_ref().err().cloned() };
             let sent = fdpass::send(stream, &tell, fd.map(AsFd::as_fd)).await;

@@ -14,7 +14,7 @@ use lodge_jail::cgroup;
 use lodge_spec::machine::Protocol;
 
 use super::message;
-use crate::backend::{Forward, OpenFile, Tap, WardenPlan};
+use crate::backend::{Forward, OpenFile, WardenPlan};
 use crate::net::client;
 use crate::paths;
 use crate::proc::Tool;
@@ -172,9 +172,4 @@ fn why_jail(why: String, stderr: &mut std::process::ChildStderr) -> String {
         Some(line) => line.trim_start_matches("lodge-jail: ").to_owned(),
         None => why,
     }
-}
-
-/// One more tap interface, for a machine that runs.
-pub(super) fn one_more(tap: &Tap) -> Result<(UnixStream, OwnedFd), String> {
-    client::attach(tap)
 }
