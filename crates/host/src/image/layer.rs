@@ -104,7 +104,19 @@ pub fn guest_files(
         };
         list.push((file.path.clone(), file.mode, content));
     }
+    list.extend(made_files(machine, with_identity));
+    Ok(list)
+}
+
+/// How many files `guest_files` gives, without reading any.
+pub fn guest_file_count(machine: &Machine, with_identity: bool) -> usize {
+    machine.files.len() + made_files(machine, with_identity).len()
+}
+
+/// The files that nobody wrote: keys and identity, unless the machine brings its own.
+fn made_files(machine: &Machine, with_identity: bool) -> Vec<(String, u32, Vec<u8>)> {
     let own = |path: &str| machine.files.iter().any(|f| f.path == path);
+    let mut list = Vec::new();
     let keys = "/root/.ssh/authorized_keys";
     if !machine.ssh_keys.is_empty() && !own(keys) {
         let lines: String = machine.ssh_keys.iter().map(|k| format!("{}\n", k.trim())).collect();
@@ -114,15 +126,7 @@ pub fn guest_files(
         let line = format!("{}\n", machine.hostname);
         list.push(("/etc/hostname".to_owned(), 0o644, line.into_bytes()));
     }
-    Ok(list)
-}
-
-/// How many files `guest_files` gives, without reading any.
-pub fn guest_file_count(machine: &Machine, with_identity: bool) -> usize {
-    let own = |path: &str| machine.files.iter().any(|f| f.path == path);
-    let keys = !machine.ssh_keys.is_empty() && !own("/root/.ssh/authorized_keys");
-    let identity = with_identity && !own("/etc/hostname");
-    machine.files.len() + usize::from(keys) + usize::from(identity)
+    list
 }
 
 /// A disk whose content is a tar archive.
