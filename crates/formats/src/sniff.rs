@@ -1,5 +1,7 @@
 //! What a file is, told by its first bytes, never by its name.
 
+use std::io::{self, Read};
+
 /// A kind of file that Lodge can boot from or attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -37,6 +39,13 @@ const MAGICS: &[(usize, &[u8], Kind)] = &[
     (0x438, b"\x53\xef", Kind::Ext4),
     (0x1fe, b"\x55\xaa", Kind::Partitioned),
 ];
+
+/// Tells a file by its start, wherever it is read from.
+pub fn read(from: &mut impl Read) -> io::Result<Kind> {
+    let mut start = Vec::with_capacity(LOOK);
+    from.take(LOOK as u64).read_to_end(&mut start)?;
+    Ok(kind(&start))
+}
 
 /// Tells a file by its first `LOOK` bytes (fewer if it has fewer).
 pub fn kind(start: &[u8]) -> Kind {

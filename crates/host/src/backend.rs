@@ -44,7 +44,8 @@ pub enum Step {
     Layer {
         path: PathBuf,
         bytes: u64,
-        above: Option<PathBuf>,
+        /// What lies below, and as what it is read.
+        above: Option<(PathBuf, DiskFormat)>,
         owner: u32,
     },
     /// A copy; kept if it is there.
@@ -75,7 +76,7 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Step::Folder { path } => write!(f, "folder {}", path.display()),
-            Step::Layer { path, bytes, above: Some(above), .. } => {
+            Step::Layer { path, bytes, above: Some((above, _)), .. } => {
                 write!(f, "layer {} of {bytes} bytes above {}", path.display(), above.display())
             }
             Step::Layer { path, bytes, above: None, .. } => {
@@ -233,7 +234,8 @@ pub struct Layer {
     pub block_device: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
     Raw,
     Qcow2,

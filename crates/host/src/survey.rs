@@ -131,8 +131,8 @@ impl Surveyor<'_> {
         let top = |path: PathBuf| Layer { path, format: DiskFormat::Qcow2, block_device: false };
         match &disk.source {
             DiskSource::Path(path) => {
-                let (layer, _) = p.take(&format!("{at}.source"), layer::look(path))?;
-                Some(DiskFiles { layers: vec![layer] })
+                let looked = p.take(&format!("{at}.source"), layer::look(path))?;
+                Some(DiskFiles { layers: vec![looked.layer] })
             }
             DiskSource::Blank { size } => {
                 let path = own(disk.name.as_str());
@@ -163,7 +163,7 @@ impl Surveyor<'_> {
                     _ => DiskFormat::Raw,
                 };
                 let path = own(disk.name.as_str());
-                let above = Some(below.clone());
+                let above = Some((below.clone(), format));
                 steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
                 let below = Layer { path: below, format, block_device: false };
                 Some(DiskFiles { layers: vec![top(path), below] })

@@ -2,7 +2,7 @@
 //! forwarded ports and the exit status whatever becomes of the daemon. Carries out one
 //! `WardenPlan`; decides nothing.
 
-mod console;
+pub mod console;
 mod forward;
 pub mod message;
 mod serve;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use lodge_doors::control::Control;
 use lodge_host::linux::Linux;
+use lodge_host::warden::console;
 use lodge_machine::keeper::{Found, summary};
 use lodge_machine::record::Record;
 use lodge_machine::{Keeper, Verb};
@@ -212,9 +213,8 @@ impl Answer {
     async fn why(&self, target: &str) -> Result<Reply, Refusal> {
         let (record, events) = self.past(target).await?;
         let (_, log) = self.keeper.host().console(record.machine.id);
-        let console = std::fs::read(log).unwrap_or_default();
-        let console =
-            String::from_utf8_lossy(&console[console.len().saturating_sub(16_384)..]).into_owned();
+        let console = console::tail(log.as_ref(), 16 << 10).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console);
         let lines: Vec<&str> = console.lines().collect();
         let last_start = events.iter().rposition(|e| e.kind == "start").unwrap_or(0);
         let stderr = events[last_start..].iter().filter(|e| e.kind == "stderr");

@@ -13,6 +13,7 @@ use lodge_doors::native::grammar::{
 use lodge_doors::native::render;
 use lodge_doors::native::wire::Client;
 use lodge_host::paths::Paths;
+use lodge_host::warden::console::tail;
 use lodge_spec::draft::Draft;
 use lodge_spec::request::{Change, Condition, Refusal, Reply, Request};
 use lodge_spec::state::{Event, Summary};
@@ -245,7 +246,7 @@ impl Session {
 
     async fn logs(&mut self, name: String, follow: bool, tail: usize) -> Result<ExitCode> {
         let (socket, log) = self.console(&name).await?;
-        let bytes = match std::fs::read(&log) {
+        let bytes = match logged(log.as_ref(), tail) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(e).context(log),
@@ -430,6 +431,20 @@ impl Session {
             bar.finish_and_clear();
         }
         result
+    }
+}
+
+/// The end of a log: at least so many lines of it, where it has them.
+fn logged(log: &Path, lines: usize) -> std::io::Result<Vec<u8>> {
+    // Lines longer than this on average make us read again, twice as much.
+    let mut most = (lines as u64).saturating_mul(200).max(64 << 10);
+    loop {
+        let bytes = tail(log, most)?;
+        let found = bytes.iter().filter(|b| **b == b'\n').count();
+        if found > lines || (bytes.len() as u64) < most {
+            return Ok(bytes);
+        }
+        most = most.saturating_mul(2);
     }
 }
 

@@ -143,9 +143,6 @@ pub enum Reply {
     Document {
         value: Value,
     },
-    Text {
-        text: String,
-    },
     Event {
         event: Event,
     },

@@ -211,6 +211,22 @@ pub fn cdrom() -> Option<String> {
     Some(path.to_string_lossy().into_owned())
 }
 
+/// A disk whose boot sector prints a text on the serial port and halts.
+pub fn boot_sector(text: &str) -> Vec<u8> {
+    // cli; xor ax, ax; mov ds, ax; mov si, text
+    // next: lodsb; test al, al; jz halt; mov dx, 0x3f8; out dx, al; jmp next
+    // halt: hlt; jmp halt
+    let mut sector = vec![
+        0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0xbe, 0x16, 0x7c, 0xac, 0x84, 0xc0, 0x74, 0x06, 0xba, 0xf8,
+        0x03, 0xee, 0xeb, 0xf5, 0xf4, 0xeb, 0xfd,
+    ];
+    sector.extend(text.bytes());
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector.resize(1 << 20, 0);
+    sector
+}
+
 /// Puts the image `debian-12` into an instance; builds it once for each recipe.
 pub fn debian_into(home: &Path) {
     static MAKING: Mutex<()> = Mutex::new(());

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use lodge_formats::ext4;
 use lodge_machine::keeper::rfc3339;
@@ -153,22 +153,18 @@ impl Images {
             *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
         }
         let options = ext4::Options { size, label: "root".into(), uuid, time: 1_700_000_000 };
-        let (kernel, initrd) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
         let archive = BufReader::with_capacity(1 << 20, File::open(tree).map_err(text)?);
         ext4::write_tar(archive, part.as_file(), &options, |done| {
             tell("writing the file system", done, total);
         })
         .map_err(|e| e.to_string())?;
-        pick(tree, &kernel, &initrd).map_err(text)?;
+        let Boots { kernel, initrd } = pick(tree).map_err(text)?;
         tell("computing digests", 0, 0);
         let digest = super::store::digest_of(part.path()).map_err(text)?;
         let blob = self.settle(part, digest, size).map_err(text)?;
         let disk = Disk { blob, format: "raw".into(), virtual_bytes: size };
-        let keep = |bytes: Mutex<Vec<u8>>, what: &str| {
-            let bytes = bytes.into_inner().expect("not poisoned");
-            if bytes.is_empty() {
-                return Err(format!("the packages brought no {what}"));
-            }
+        let keep = |bytes: Option<Vec<u8>>, what: &str| {
+            let bytes = bytes.ok_or_else(|| format!("the packages brought no {what}"))?;
             self.keep(&bytes).map_err(text)
         };
         Ok((keep(kernel, "kernel")?, keep(initrd, "initial RAM disk")?, disk))
@@ -181,8 +177,16 @@ impl Images {
     }
 }
 
+/// What a tree boots with.
+#[derive(Default)]
+struct Boots {
+    kernel: Option<Vec<u8>>,
+    initrd: Option<Vec<u8>>,
+}
+
 /// Takes the kernel and its initial RAM disk out of the tree.
-fn pick(tree: &Path, kernel: &Mutex<Vec<u8>>, initrd: &Mutex<Vec<u8>>) -> io::Result<()> {
+fn pick(tree: &Path) -> io::Result<Boots> {
+    let mut found = Boots::default();
     let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, File::open(tree)?));
     for entry in archive.entries_with_seek()? {
         let mut entry = entry?;
@@ -190,17 +194,17 @@ fn pick(tree: &Path, kernel: &Mutex<Vec<u8>>, initrd: &Mutex<Vec<u8>>) -> io::Re
         let path = path.to_string_lossy();
         let path = path.trim_start_matches("./");
         let slot = if path.starts_with("boot/vmlinuz-") {
-            kernel
+            &mut found.kernel
         } else if path.starts_with("boot/initrd.img-") {
-            initrd
+            &mut found.initrd
         } else {
             continue;
         };
         let mut bytes = Vec::new();
         entry.read_to_end(&mut bytes)?;
-        *slot.lock().expect("not poisoned") = bytes;
+        *slot = Some(bytes);
     }
-    Ok(())
+    Ok(found)
 }
 
 fn write_overlay(

@@ -2,7 +2,6 @@
 //! as long as the bzImage is the same file.
 
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use lodge_formats::{kernel, sniff};
@@ -24,13 +23,11 @@ pub struct Kernel {
 /// entry only after it has been unpacked.
 pub fn look(path: &Path, cache: &Path) -> Result<Kernel, String> {
     let error = |e: std::io::Error| format!("{}: {e}", path.display());
-    let mut start = [0; 0x210];
     let mut file = fs::File::open(path).map_err(error)?;
     if file.metadata().map_err(error)?.is_dir() {
         return Err(format!("{} is a folder", path.display()));
     }
-    let count = file.read(&mut start).map_err(error)?;
-    let kind = sniff::kind(&start[..count]);
+    let kind = sniff::read(&mut file).map_err(error)?;
     let key = file_key(path).map_err(error)?;
     let kept = |suffix: &str| cache.join("kernels").join(format!("{key}.{suffix}"));
     match kind {

@@ -2,7 +2,7 @@
 //! into the guest.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
@@ -11,8 +11,16 @@ use lodge_spec::machine::{FileContent, Machine};
 
 use crate::backend::{DiskFormat, Layer};
 
-/// What a file is as a disk. Errors are whole sentences.
-pub fn look(path: &Path) -> Result<(Layer, u64), String> {
+/// What a file is as a disk.
+pub struct Looked {
+    pub layer: Layer,
+    /// The guest's view.
+    pub bytes: u64,
+    pub kind: sniff::Kind,
+}
+
+/// Looks at a file as a disk. Errors are whole sentences.
+pub fn look(path: &Path) -> Result<Looked, String> {
     let error = |e: io::Error| format!("{}: {e}", path.display());
     let meta = fs::metadata(path).map_err(error)?;
     use std::os::unix::fs::FileTypeExt;
@@ -27,17 +35,11 @@ pub fn look(path: &Path) -> Result<(Layer, u64), String> {
         return Err(format!("{} is empty", path.display()));
     }
     let mut file = File::open(path).map_err(error)?;
-    let mut start = vec![0; sniff::LOOK];
-    let mut filled = 0;
-    while filled < start.len() {
-        match file.read(&mut start[filled..]).map_err(error)? {
-            0 => break,
-            n => filled += n,
-        }
-    }
-    if sniff::kind(&start[..filled]) != sniff::Kind::Qcow2 {
+    let kind = sniff::read(&mut file).map_err(error)?;
+    if kind != sniff::Kind::Qcow2 {
         let bytes = file.seek(SeekFrom::End(0)).map_err(error)?;
-        return Ok((Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device }, bytes));
+        let layer = Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device };
+        return Ok(Looked { layer, bytes, kind });
     }
     let header = qcow2::read(&mut file).map_err(|e| format!("{}: {e}", path.display()))?;
     let refuse = |what: &str| Err(format!("{}: {what}", path.display()));
@@ -51,18 +53,24 @@ pub fn look(path: &Path) -> Result<(Layer, u64), String> {
         return refuse("encrypted images and images with external data are not supported");
     }
     let layer = Layer { path: path.to_owned(), format: DiskFormat::Qcow2, block_device };
-    Ok((layer, header.virtual_size))
+    Ok(Looked { layer, bytes: header.virtual_size, kind })
 }
 
-/// Makes an empty qcow2 file, unless it is there.
-pub fn make(path: &Path, bytes: u64, above: Option<&Path>, owner: u32) -> io::Result<()> {
+/// Makes an empty qcow2 file, above a file of its kind where there is one, unless it is there.
+pub fn make(
+    path: &Path,
+    bytes: u64,
+    above: Option<(&Path, DiskFormat)>,
+    owner: u32,
+) -> io::Result<()> {
     if path.exists() {
         return Ok(());
     }
     let part = path.with_extension("part");
-    let backing = above.map(|p| p.to_string_lossy().into_owned());
+    let backing = above.map(|(path, format)| (path.to_string_lossy(), format.as_str()));
     let mut file = File::create(&part)?;
-    qcow2::write_empty(&mut file, bytes, backing.as_deref().map(|p| (p, "raw")))?;
+    let backing = backing.as_ref().map(|(path, format)| (path.as_ref(), *format));
+    qcow2::write_empty(&mut file, bytes, backing)?;
     give(&part, owner)?;
     fs::rename(part, path)
 }

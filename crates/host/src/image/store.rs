@@ -86,10 +86,8 @@ impl Images {
     }
 
     fn take_disk(&self, path: &Path) -> Result<Disk, Refusal> {
-        let (looked, virtual_bytes) = layer::look(path).map_err(Refusal::failed)?;
-        let mut start = vec![0; sniff::LOOK];
-        let count = File::open(path).and_then(|f| f.take(sniff::LOOK as u64).read(&mut start));
-        match sniff::kind(&start[..count.map_err(Refusal::failed)?]) {
+        let looked = layer::look(path).map_err(Refusal::failed)?;
+        match looked.kind {
             sniff::Kind::Qcow2
             | sniff::Kind::Partitioned
             | sniff::Kind::Ext4
@@ -107,7 +105,8 @@ impl Images {
             }
         }
         let blob = self.take(path).map_err(|e| self.full(e))?;
-        Ok(Disk { blob, format: looked.format.as_str().to_owned(), virtual_bytes })
+        let format = looked.layer.format.as_str().to_owned();
+        Ok(Disk { blob, format, virtual_bytes: looked.bytes })
     }
 
     fn full(&self, error: io::Error) -> Refusal {

@@ -71,7 +71,8 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
     match step {
         Step::Folder { path } => paths::make_dir(path).map_err(at(path)),
         Step::Layer { path, bytes, above, owner } => {
-            layer::make(path, *bytes, above.as_deref(), *owner).map_err(at(path))
+            let above = above.as_ref().map(|(path, format)| (path.as_path(), *format));
+            layer::make(path, *bytes, above, *owner).map_err(at(path))
         }
         Step::Copy { from, path, owner } => layer::copy(from, path, *owner).map_err(at(path)),
         // Done before the plan, which depends on it.

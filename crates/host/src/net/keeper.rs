@@ -230,11 +230,8 @@ async fn serve_dhcp(network: Rc<Network>, socket: UdpSocket) {
     let mut buffer = [0; 1500];
     loop {
         let Ok((count, _)) = socket.recv_from(&mut buffer).await else { continue };
-        let answer = {
-            let members = network.members.borrow();
-            let places = members.iter().map(|(mac, m)| (*mac, m.place.clone())).collect();
-            dhcp::answer(&network.plan, &places, &buffer[..count])
-        };
+        let find = |mac: Mac| network.members.borrow().get(&mac).map(|m| m.place.clone());
+        let answer = dhcp::answer(&network.plan, find, &buffer[..count]);
         let Some(answer) = answer else { continue };
         let _ = socket.send_to(&answer.packet, (Ipv4Addr::BROADCAST, 68)).await;
         if let Some(member) = answer.taken.as_ref().and_then(|m| {

@@ -62,7 +62,7 @@ fn numbered(path: &Path, n: u32) -> PathBuf {
 }
 
 /// The last `most` bytes of a file.
-pub(crate) fn tail(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+pub fn tail(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(most)))?;

@@ -118,6 +118,23 @@ fn a_cd_boots_through_the_bios_once() {
 }
 
 #[test]
+fn a_disk_boots_through_the_bios_on_every_bus_it_knows() {
+    let lab = Lab::new();
+    let disk = lab.home().join("disk.img");
+    std::fs::write(&disk, assets::boot_sector("booted-from-disk\r\n")).unwrap();
+    for (name, bus) in [("a", "virtio"), ("b", "ide"), ("c", "scsi")] {
+        let text = format!(
+            "memory: 64MiB\nnics: []\nready: console:booted-from-disk\nboot: {{order: [cdrom, disk]}}\n\
+             disks:\n- {{source: {}, bus: {bus}, read_only: {}}}\n",
+            disk.display(),
+            bus != "ide",
+        );
+        start(&lab, name, &text);
+        lab.ok(&["stop", "--force", name]);
+    }
+}
+
+#[test]
 fn uefi_firmware_comes_up_with_variables_of_its_own() {
     need!(std::path::Path::new("/usr/share/OVMF").exists(), "ovmf");
     let lab = Lab::new();
