@@ -200,7 +200,7 @@ impl Bench {
             args.push(text);
         }
         let begun = Instant::now();
-        let mut child = command("qemu-system-x86_64").args(&args).spawn()?;
+        let child = command("qemu-system-x86_64").args(&args).spawn()?;
         let greeted = loop {
             if let Ok(stream) = std::os::unix::net::UnixStream::connect(&socket) {
                 use std::io::{BufRead, Write};

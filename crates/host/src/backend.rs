@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use lodge_jail::JailPlan;
 use lodge_jail::cgroup::Limits;
 use lodge_spec::capability::Need;
-use lodge_spec::machine::{Accel, BackendKind, Board, Protocol};
+use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Protocol};
 use lodge_spec::names::Mac;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -141,6 +141,24 @@ pub struct Tap {
     pub address: Ipv4Addr,
     /// The name under which neighbours find the machine.
     pub hostname: String,
+    /// Name servers to tell the guest in place of the network's own.
+    pub resolvers: Vec<Ipv4Addr>,
+}
+
+impl Tap {
+    /// The interface of a machine's `index`th nic.
+    pub fn of(machine: &Machine, survey: &Survey, fd: i32, index: usize) -> Self {
+        let (nic, place) = (&machine.nics[index], &survey.nics[index]);
+        Self {
+            fd,
+            interface: place.interface.clone(),
+            network: place.network.clone(),
+            mac: nic.mac,
+            address: place.address,
+            hostname: machine.hostname.clone(),
+            resolvers: machine.resolvers.clone(),
+        }
+    }
 }
 
 /// A host port that leads to a guest's port.

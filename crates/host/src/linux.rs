@@ -4,6 +4,7 @@
 mod launch;
 mod live;
 pub mod objects;
+mod usage;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

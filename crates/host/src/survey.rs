@@ -134,6 +134,14 @@ impl Surveyor<'_> {
                 let looked = p.take(&format!("{at}.source"), layer::look(path))?;
                 Some(DiskFiles { layers: vec![looked.layer] })
             }
+            DiskSource::Above(below) => {
+                let looked = p.take(&format!("{at}.source"), layer::look(below))?;
+                let path = own(disk.name.as_str());
+                let (bytes, below) = (looked.bytes, looked.layer);
+                let above = Some((below.path.clone(), below.format));
+                steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
+                Some(DiskFiles { layers: vec![top(path), below] })
+            }
             DiskSource::Blank { size } => {
                 let path = own(disk.name.as_str());
                 let bytes = size.0;

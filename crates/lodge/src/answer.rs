@@ -7,7 +7,7 @@ use std::time::Duration;
 use lodge_doors::control::Control;
 use lodge_host::linux::Linux;
 use lodge_host::warden::console;
-use lodge_machine::keeper::{Found, summary};
+use lodge_machine::keeper::{Found, detail, summary};
 use lodge_machine::record::Record;
 use lodge_machine::{Keeper, Verb};
 use lodge_spec::machine::{Boot, DiskSource};
@@ -73,6 +73,19 @@ impl Answer {
                 Ok(Reply::Summary { machine })
             }
             Request::List { all } => Ok(Reply::List { machines: self.keeper.list(all) }),
+            Request::Page(page) => {
+                let (machines, total, more) = self.keeper.page(&page);
+                Ok(Reply::Page { machines, total, more })
+            }
+            Request::Fetch { target } => {
+                let machine = Box::new(detail(&*self.record(&target)?));
+                Ok(Reply::Detail { machine })
+            }
+            Request::Usage { target } => {
+                let record = self.record(&target)?;
+                let usage = self.keeper.host().usage(&record.machine).await;
+                Ok(Reply::Usage { usage })
+            }
             Request::Inspect { target } => self.inspect(&target),
             Request::Why { target } => self.why(&target).await,
             Request::Timeline { target } => self.timeline(&target).await,
@@ -282,7 +295,7 @@ impl Answer {
             }
             list.extend(record.machine.disks.iter().filter_map(|d| match &d.source {
                 DiskSource::Image { image, .. } => Some((image.clone(), name.clone())),
-                DiskSource::Path(_) | DiskSource::Blank { .. } => None,
+                DiskSource::Path(_) | DiskSource::Above(_) | DiskSource::Blank { .. } => None,
             }));
         }
         list

@@ -9,9 +9,9 @@ use lodge_spec::draft::Draft;
 use lodge_spec::machine::Machine;
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::nearest;
-use lodge_spec::request::{Change, Condition, Refusal};
+use lodge_spec::request::{Change, Condition, Page, Refusal};
 use lodge_spec::resolve::{Defaults, resolve};
-use lodge_spec::state::{Event, State, Summary};
+use lodge_spec::state::{Detail, Event, State, Summary};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::host::Host;
@@ -162,7 +162,9 @@ impl<H: Host> Keeper<H> {
         let machine = self.resolve_new(draft).await?;
         let _one = self.creating.lock().await;
         self.check_free(&machine)?;
-        let record = Record { created_us: now_us(), machine, life: Life::new(), running: None };
+        let now = now_us();
+        let life = Life::new();
+        let record = Record { created_us: now, modified_us: now, machine, life, running: None };
         let row = Row {
             id: record.machine.id.to_string(),
             name: record.machine.name.to_string(),
@@ -388,6 +390,30 @@ impl<H: Host> Keeper<H> {
         list
     }
 
+    /// The machines that a page asks for, how many there are on all pages, and whether more follow.
+    pub fn page(&self, page: &Page) -> (Vec<Detail>, usize, bool) {
+        let Page { door, owner, states, after, limit } = page;
+        let asked = |record: &Arc<Record>| {
+            let origin = record.machine.origin.as_ref();
+            origin.is_some_and(|o| {
+                o.door == *door && owner.as_ref().is_none_or(|owner| o.owner == *owner)
+            }) && (states.is_empty() || states.contains(&record.life.state))
+        };
+        let mut found = self.records();
+        found.retain(asked);
+        let total = found.len();
+        let key = |record: &Arc<Record>| (record.created_us, record.machine.id);
+        found.retain(|record| after.is_none_or(|after| key(record) < after));
+        let more = found.len() > *limit;
+        if more && *limit > 0 {
+            // Only the page itself is put in order.
+            found.select_nth_unstable_by_key(*limit - 1, |r| std::cmp::Reverse(key(r)));
+            found.truncate(*limit);
+        }
+        found.sort_unstable_by_key(|r| std::cmp::Reverse(key(r)));
+        (found.iter().map(|r| detail(r)).collect(), total, more)
+    }
+
     /// The identities of all machines, broken ones included.
     pub fn known(&self) -> Vec<MachineId> {
         let mut ids: Vec<MachineId> =
@@ -431,7 +457,7 @@ fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
 
 /// What `ls` shows of a machine.
 pub fn summary(record: &Record) -> Summary {
-    let Record { created_us, machine, life, running } = record;
+    let Record { created_us, machine, life, running, .. } = record;
     Summary {
         id: machine.id,
         name: machine.name.clone(),
@@ -444,6 +470,16 @@ pub fn summary(record: &Record) -> Summary {
         ready: life.ready,
         address: running.as_ref().and_then(|r| r.address.clone()),
         created_at: rfc3339(*created_us),
+    }
+}
+
+/// What doors of other systems are told of a machine.
+pub fn detail(record: &Record) -> Detail {
+    Detail {
+        summary: summary(record),
+        created_us: record.created_us,
+        modified_us: record.modified_us,
+        origin: record.machine.origin.clone(),
     }
 }
 

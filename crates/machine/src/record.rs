@@ -16,6 +16,8 @@ const VERSION: u32 = 1;
 struct RecordV1 {
     version: u32,
     created_us: i64,
+    #[serde(default)]
+    modified_us: i64,
     machine: Draft,
     life: Life,
     running: Option<Running>,
@@ -25,6 +27,8 @@ struct RecordV1 {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     pub created_us: i64,
+    /// When its state or its description last changed.
+    pub modified_us: i64,
     pub machine: Machine,
     pub life: Life,
     pub running: Option<Running>,
@@ -32,10 +36,11 @@ pub struct Record {
 
 impl Record {
     pub fn to_text(&self) -> String {
-        let Record { created_us, machine, life, running } = self;
+        let Record { created_us, modified_us, machine, life, running } = self;
         let record = RecordV1 {
             version: VERSION,
             created_us: *created_us,
+            modified_us: *modified_us,
             machine: machine.to_draft(),
             life: life.clone(),
             running: running.clone(),
@@ -45,7 +50,7 @@ impl Record {
 
     /// The error says what is wrong with the text.
     pub fn from_text(id: MachineId, text: &str) -> Result<Self, String> {
-        let RecordV1 { version, created_us, machine, life, running } =
+        let RecordV1 { version, created_us, modified_us, machine, life, running } =
             serde_json::from_str(text).map_err(|e| format!("the record is unreadable: {e}"))?;
         if version != VERSION {
             return Err(format!("the record has version {version}; this program knows {VERSION}"));
@@ -55,6 +60,7 @@ impl Record {
         if machine.id != id {
             return Err(format!("the record of {id} describes {}", machine.id));
         }
-        Ok(Self { created_us, machine, life, running })
+        let modified_us = modified_us.max(created_us);
+        Ok(Self { created_us, modified_us, machine, life, running })
     }
 }

@@ -258,12 +258,13 @@ impl<H: Host> Task<H> {
     }
 
     async fn persist(&mut self, events: Vec<(String, String)>) -> Result<(), StoreError> {
+        let now = now_us();
+        self.record.modified_us = now;
         let row = Row {
             id: self.record.machine.id.to_string(),
             name: self.record.machine.name.to_string(),
             record: self.record.to_text(),
         };
-        let now = now_us();
         let events: Vec<Event> =
             events.into_iter().map(|(kind, detail)| self.event(kind, detail, now)).collect();
         let written = self.store.write(move |c| {

@@ -53,7 +53,7 @@ pub struct Draft {
     /// The guest's host name; the machine's name when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
-    /// Name servers handed to the guest; the network's own when absent.
+    /// IPv4 addresses of name servers told to the guest; the network's own when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolvers: Option<Vec<String>>,
     /// What the guest may read about itself.
@@ -86,6 +86,28 @@ pub struct Draft {
     /// What the hypervisor process may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsDraft>,
+    /// In whose words the machine was asked for, where those were not this document's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub origin: Option<OriginDraft>,
+}
+
+/// A machine as another system's interface knows it. Kept as it is and given back as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct OriginDraft {
+    /// The interface: a word such as `metald`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub door: Option<String>,
+    /// The machine's name there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Whose machine it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// What was asked for, in that interface's own form.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub document: Option<String>,
 }
 
 /// A number of bytes, or a text such as `512MiB` or `4GB`.
@@ -191,6 +213,10 @@ pub struct DiskDraft {
     /// empty disk of `size`, kept with the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// Leave the source alone and write to a layer of the machine's own above it. False when
+    /// absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layered: Option<bool>,
     /// Name of a stored image; the machine writes to a layer of its own above it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,

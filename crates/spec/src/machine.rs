@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, PortDraft, PortFields, RestartDraft, RestartFields, Scalar, ShareDraft,
-    Size,
+    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RestartDraft, RestartFields,
+    Scalar, ShareDraft, Size,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
@@ -29,7 +29,8 @@ pub struct Machine {
     pub files: Vec<GuestFile>,
     pub ssh_keys: Vec<String>,
     pub hostname: String,
-    pub resolvers: Vec<IpAddr>,
+    /// Told to the guest by DHCP in place of the network's own.
+    pub resolvers: Vec<Ipv4Addr>,
     pub metadata: BTreeMap<String, Scalar>,
     pub tags: BTreeMap<String, Scalar>,
     pub autostart: bool,
@@ -40,6 +41,19 @@ pub struct Machine {
     pub accel: Option<Accel>,
     pub board: Option<Board>,
     pub limits: Limits,
+    pub origin: Option<Origin>,
+}
+
+/// A machine as another system's interface knows it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Origin {
+    /// The interface.
+    pub door: String,
+    /// The machine's name there.
+    pub id: String,
+    pub owner: String,
+    /// What was asked for, in that interface's own form.
+    pub document: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +97,8 @@ pub struct Disk {
 pub enum DiskSource {
     /// A file or block device of the host, used in place.
     Path(PathBuf),
+    /// A layer of the machine's own above a file of the host, which is only read.
+    Above(PathBuf),
     /// A layer of the machine's own above a stored image, at least as large as the image.
     Image { image: ImageName, size: Option<Bytes> },
     /// An empty disk kept with the machine.
@@ -263,6 +279,7 @@ impl Machine {
             accel,
             board,
             limits: Limits { cpu_percent, cpu_weight, memory: memory_limit, threads: max_threads },
+            origin,
         } = self;
         let (image, boot) = boot_to_draft(boot);
         let own_disks = match image {
@@ -271,7 +288,9 @@ impl Machine {
         };
         let image_size = match disks.first().filter(|_| image.is_some()).map(|d| &d.source) {
             Some(DiskSource::Image { size, .. }) => size.map(text_size),
-            Some(DiskSource::Path(_) | DiskSource::Blank { .. }) | None => None,
+            Some(DiskSource::Path(_) | DiskSource::Above(_) | DiskSource::Blank { .. }) | None => {
+                None
+            }
         };
         let auto = |word: Option<&'static str>| Some(word.unwrap_or("auto").to_owned());
         Draft {
@@ -297,7 +316,7 @@ impl Machine {
             files: Some(files.iter().map(file_to_draft).collect()),
             ssh_keys: Some(ssh_keys.clone()),
             hostname: Some(hostname.clone()),
-            resolvers: Some(resolvers.iter().map(IpAddr::to_string).collect()),
+            resolvers: Some(resolvers.iter().map(Ipv4Addr::to_string).collect()),
             metadata: Some(metadata.clone()),
             tags: Some(tags.clone()),
             autostart: Some(*autostart),
@@ -315,6 +334,12 @@ impl Machine {
                 cpu_weight: Some(*cpu_weight),
                 memory: memory_limit.map(text_size),
                 threads: Some(*max_threads),
+            }),
+            origin: origin.as_ref().map(|Origin { door, id, owner, document }| OriginDraft {
+                door: Some(door.clone()),
+                id: Some(id.clone()),
+                owner: Some(owner.clone()),
+                document: Some(document.clone()),
             }),
         }
     }
@@ -358,13 +383,14 @@ fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
 fn disk_to_draft(disk: &Disk) -> DiskDraft {
     let Disk { name, source, bus, media, read_only, serial } = disk;
     let (path, image, size) = match source {
-        DiskSource::Path(path) => (Some(path_text(path)), None, None),
+        DiskSource::Path(path) | DiskSource::Above(path) => (Some(path_text(path)), None, None),
         DiskSource::Image { image, size } => (None, Some(image.to_string()), *size),
         DiskSource::Blank { size } => (None, None, Some(*size)),
     };
     DiskDraft {
         name: Some(name.to_string()),
         source: path,
+        layered: matches!(source, DiskSource::Above(_)).then_some(true),
         image,
         size: size.map(text_size),
         bus: Some(bus.to_string()),

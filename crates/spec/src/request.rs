@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::draft::{DiskDraft, Draft, NicDraft};
-use crate::names::ImageName;
+use crate::names::{ImageName, MachineId};
 use crate::problem::Problem;
-use crate::state::{Event, State, Summary};
+use crate::state::{Detail, Event, State, Summary, Usage};
 
 /// A machine as people name it: its name, its UUID or an unambiguous start of the UUID.
 pub type Target = String;
@@ -54,6 +54,16 @@ pub enum Request {
     },
     List {
         all: bool,
+    },
+    /// The machines that came through one door, the youngest first.
+    Page(Page),
+    /// One machine with where it came from.
+    Fetch {
+        target: Target,
+    },
+    /// What a machine uses now.
+    Usage {
+        target: Target,
     },
     Inspect {
         target: Target,
@@ -105,6 +115,18 @@ pub enum Request {
     },
 }
 
+/// Which machines to list, and from where on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    pub door: String,
+    pub owner: Option<String>,
+    /// Empty: in any state.
+    pub states: Vec<State>,
+    /// Moment of creation and identity of the last machine of the page before.
+    pub after: Option<(i64, MachineId)>,
+    pub limit: usize,
+}
+
 /// One change to a machine, live where it runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "snake_case")]
@@ -138,6 +160,18 @@ pub enum Reply {
     },
     List {
         machines: Vec<Summary>,
+    },
+    Page {
+        machines: Vec<Detail>,
+        /// How many there are in all, on all pages.
+        total: usize,
+        more: bool,
+    },
+    Detail {
+        machine: Box<Detail>,
+    },
+    Usage {
+        usage: Usage,
     },
     /// A document with a shape documented beside its command.
     Document {

@@ -3,19 +3,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, PortDraft, PortFields, RestartDraft, RestartFields, Scalar, ShareDraft,
-    Size,
+    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RestartDraft, RestartFields,
+    Scalar, ShareDraft, Size,
 };
 use crate::machine::{
     Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
-    Machine, Media, Memory, Nic, NicModel, Port, Protocol, Readiness, Restart, RestartPolicy,
-    Share,
+    Machine, Media, Memory, Nic, NicModel, Origin, Port, Protocol, Readiness, Restart,
+    RestartPolicy, Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
@@ -63,6 +63,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         accel,
         board,
         limits,
+        origin,
     } = draft;
     let mut p = Problems::default();
     let id = parse(&mut p, "uuid", uuid).unwrap_or(defaults.id);
@@ -128,6 +129,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         accel: auto(&mut p, "accel", accel),
         board: auto(&mut p, "board", board),
         limits: resolve_limits(&mut p, limits),
+        origin: origin.and_then(|o| resolve_origin(&mut p, o)),
     };
     p.or(machine)
 }
@@ -282,7 +284,7 @@ fn host_path(p: &mut Problems, path: &str, text: String) -> PathBuf {
 
 fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
     let at = |field: &str| format!("disks[{i}].{field}");
-    let DiskDraft { name, source, image, size, bus, media, read_only, serial } = draft;
+    let DiskDraft { name, source, layered, image, size, bus, media, read_only, serial } = draft;
     let media = parse(p, &at("media"), media).unwrap_or(Media::Disk);
     let default_bus = match media {
         Media::Disk => DiskBus::Virtio,
@@ -301,6 +303,9 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
         (Some(_), None, Some(_)) => {
             p.add(at("size"), "a disk with a `source` has the size of its source");
             return None;
+        }
+        (Some(path), None, None) if layered == Some(true) => {
+            DiskSource::Above(host_path(p, &at("source"), path))
         }
         (Some(path), None, None) => DiskSource::Path(host_path(p, &at("source"), path)),
         (None, Some(image), size) => {
@@ -452,7 +457,7 @@ fn check_clashes(
     unique(p, "ports", ports.iter().map(|f| format!("{}/{}", f.host, f.protocol)));
     let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
         DiskSource::Path(path) => Some(path.display().to_string()),
-        DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
+        DiskSource::Above(_) | DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
     });
     unique(p, "disks", writable);
     for (what, count) in [("disks", disks.len()), ("nics", nics.len()), ("shares", shares.len())] {
@@ -510,7 +515,7 @@ fn resolve_keys(p: &mut Problems, keys: Option<Vec<String>>) -> Vec<String> {
     keys
 }
 
-fn resolve_resolvers(p: &mut Problems, list: Option<Vec<String>>) -> Vec<IpAddr> {
+fn resolve_resolvers(p: &mut Problems, list: Option<Vec<String>>) -> Vec<Ipv4Addr> {
     let list = list.unwrap_or_default().into_iter().enumerate();
     list.filter_map(|(i, text)| parse(p, &format!("resolvers[{i}]"), Some(text))).collect()
 }
@@ -535,6 +540,15 @@ fn resolve_restart(p: &mut Problems, draft: Option<RestartDraft>) -> Restart {
     };
     let policy = parse(p, "restart.policy", policy).unwrap_or(RestartPolicy::Never);
     Restart { policy, max: in_range(p, "restart.max", max.unwrap_or(5), 1, 1000) }
+}
+
+fn resolve_origin(p: &mut Problems, draft: OriginDraft) -> Option<Origin> {
+    let OriginDraft { door: Some(door), id: Some(id), owner, document } = draft else {
+        p.add("origin", "an origin needs a `door` and an `id`");
+        return None;
+    };
+    let (owner, document) = (owner.unwrap_or_default(), document.unwrap_or_default());
+    Some(Origin { door, id, owner, document })
 }
 
 fn resolve_limits(p: &mut Problems, draft: Option<LimitsDraft>) -> Limits {

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{Accel, BackendKind};
+use crate::machine::{Accel, BackendKind, Origin};
 use crate::names::{MachineId, Name};
 
 /// Where a machine is in its life. `failed` and `broken` always come with a reason.
@@ -75,6 +75,56 @@ pub struct Summary {
     pub address: Option<String>,
     /// RFC 3339, UTC.
     pub created_at: String,
+}
+
+/// A machine with its moments and where it came from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Detail {
+    pub summary: Summary,
+    /// Microseconds since 1970-01-01 UTC.
+    pub created_us: i64,
+    /// When its state or its description last changed.
+    pub modified_us: i64,
+    pub origin: Option<Origin>,
+}
+
+/// What a running machine uses. Counters are since its start; all zero where it does not run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// The hypervisor's process; 0 where there is none.
+    pub pid: u32,
+    /// Nanoseconds of processor time, of the hypervisor as a whole.
+    pub cpu_ns: u64,
+    /// Percent of all the machine's virtual CPUs since the question before, 0 to 100.
+    pub cpu_percent: f64,
+    pub memory_bytes: u64,
+    pub uptime_ms: u64,
+    pub disk: Traffic,
+    pub network: Traffic,
+    /// Control socket of the hypervisor.
+    pub socket: Option<String>,
+    pub interface: Option<Interface>,
+}
+
+/// As the guest sees it: what it received or read, what it sent or wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    pub in_bytes: u64,
+    pub out_bytes: u64,
+    pub in_operations: u64,
+    pub out_operations: u64,
+}
+
+/// A machine's first interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    pub address: String,
+    pub mac: String,
+    /// Name of the host's end.
+    pub tap: String,
+    pub network: String,
+    pub gateway: String,
+    pub resolvers: Vec<String>,
 }
 
 /// One thing that happened; the stable JSON shape of `lodge events -o json`.

@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
 
 use super::launch::launch_file;
+use super::usage::Sample;
 use crate::backend::qemu::QemuFacts;
 use crate::backend::qemu::control::{Control, meaning};
 use crate::backend::qemu::qmp::{Qmp, QmpEvent};
@@ -30,6 +31,8 @@ pub(super) struct Live {
     pub(super) launch: Arc<Launch>,
     pub(super) pid: u32,
     asks: mpsc::UnboundedSender<Ask>,
+    /// What was read when somebody last asked for usage.
+    sample: Arc<std::sync::Mutex<Option<Sample>>>,
     /// Questions that want a descriptor go over a connection of their own, one at a time.
     taps: Arc<Mutex<()>>,
 }
@@ -153,7 +156,7 @@ pub(super) async fn adopt(run: &Path, sink: Sink) -> Result<(Live, Found), Resul
     Ok((live, Found::Alive { paused, ready }))
 }
 
-fn qmp_socket(run: &Path) -> std::path::PathBuf {
+pub(super) fn qmp_socket(run: &Path) -> std::path::PathBuf {
     run.join("qmp.sock")
 }
 
@@ -169,7 +172,8 @@ fn go_on(
     let pid = warden.status.pid;
     tokio::spawn(hear_hypervisor(events, control.clone(), sink.clone()));
     tokio::spawn(hear_warden(warden, asked, sink));
-    Live { control, launch: Arc::new(launch), pid, asks, taps: Arc::default() }
+    let (taps, sample) = (Arc::default(), Arc::default());
+    Live { control, launch: Arc::new(launch), pid, asks, sample, taps }
 }
 
 async fn hear_hypervisor(
@@ -232,6 +236,11 @@ fn report(sink: &Sink, tell: Tell) {
 }
 
 impl Live {
+    /// Puts a sample in the place of the one before.
+    pub(super) fn exchange_sample(&self, sample: Sample) -> Option<Sample> {
+        self.sample.lock().expect("not poisoned").replace(sample)
+    }
+
     pub(super) async fn ask(&self, ask: Ask) -> Result<(), String> {
         self.asks.send(ask).map_err(|_| "the machine's warden is gone".to_owned())
     }
@@ -264,14 +273,7 @@ impl Live {
                 let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
                 let _one = networks.lock().await;
                 crate::net::uplink::ensure(&place.network, &nic.network).await?;
-                let tap = Tap {
-                    fd: FIRST_FD,
-                    interface: place.interface.clone(),
-                    network: place.network.clone(),
-                    mac: nic.mac,
-                    address: place.address,
-                    hostname: machine.hostname.clone(),
-                };
+                let tap = Tap::of(machine, survey, FIRST_FD, machine.nics.len() - 1);
                 let interface = tap.interface.clone();
                 let fd = self.new_tap(tap).await?;
                 let added = self.control.add_nic(nic, board, fd).await;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use lodge_spec::machine::Protocol;
 use lodge_spec::names::Mac;
+use lodge_spec::state::Traffic;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
@@ -22,6 +23,11 @@ pub(crate) enum NetAsk {
         mac: Mac,
         address: Ipv4Addr,
         hostname: String,
+        resolvers: Vec<Ipv4Addr>,
+    },
+    /// What has passed through an interface.
+    Count {
+        interface: String,
     },
     Dial {
         address: SocketAddr,
@@ -38,6 +44,9 @@ pub(crate) enum Notice {
     Attached,
     /// The socket comes with it.
     Dialled,
+    Counted {
+        traffic: Traffic,
+    },
     Refused {
         why: String,
     },
@@ -60,11 +69,23 @@ pub(crate) fn attach(tap: &Tap) -> Result<(StdStream, OwnedFd), String> {
         mac: tap.mac,
         address: tap.address,
         hostname: tap.hostname.clone(),
+        resolvers: tap.resolvers.clone(),
     };
     match fdpass::ask_blocking(&connection, &ask).map_err(text)? {
         (Notice::Attached, Some(fd)) => Ok((connection, fd)),
         (Notice::Refused { why }, _) => Err(why),
         (other, _) => Err(format!("network {}: unexpected {other:?}", tap.network.display())),
+    }
+}
+
+/// What has passed through an interface, as its guest sees it.
+pub(crate) async fn count(network: &Path, interface: &str) -> std::io::Result<Traffic> {
+    let connection = UnixStream::connect(socket(network)).await?;
+    let ask = NetAsk::Count { interface: interface.to_owned() };
+    fdpass::send(&connection, &ask, None).await?;
+    match Lines::default().next(&connection).await? {
+        Some((Notice::Counted { traffic }, _)) => Ok(traffic),
+        Some(_) | None => Err(std::io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

@@ -19,6 +19,8 @@ const LEASE: u32 = 86_400;
 pub(super) struct Place {
     pub(super) address: Ipv4Addr,
     pub(super) hostname: String,
+    /// Name servers of its own choice; the network's where there are none.
+    pub(super) resolvers: Vec<Ipv4Addr>,
 }
 
 /// What to send, and whether the machine has now taken its address.
@@ -84,7 +86,11 @@ fn compose(
     }
     options.insert(DhcpOption::SubnetMask(Ipv4Addr::new(255, 255, 255, 0)));
     options.insert(DhcpOption::Router(vec![plan.gateway()]));
-    options.insert(DhcpOption::DomainNameServer(vec![plan.names()]));
+    let resolvers = match place.resolvers.as_slice() {
+        [] => vec![plan.names()],
+        own => own.to_vec(),
+    };
+    options.insert(DhcpOption::DomainNameServer(resolvers));
     options.insert(DhcpOption::DomainName("lodge".into()));
     options.insert(DhcpOption::Hostname(place.hostname.clone()));
     if !inform {
@@ -101,7 +107,7 @@ mod tests {
     fn ask(kind: MessageType, mac: [u8; 6], wanted: Option<&str>) -> Option<Message> {
         let plan = NetPlan::of(&"default".parse().unwrap(), std::path::Path::new("/run"));
         let address = "10.0.2.15".parse().unwrap();
-        let place = Place { address, hostname: "web".into() };
+        let place = Place { address, hostname: "web".into(), resolvers: Vec::new() };
         let find = |mac| (mac == Mac([2, 0, 0, 0, 0, 1])).then(|| place.clone());
         let mut request = Message::default();
         request.set_opcode(Opcode::BootRequest).set_xid(77).set_chaddr(&mac);

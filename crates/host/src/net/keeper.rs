@@ -145,8 +145,8 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
     let mut lines = Lines::default();
     while let Ok(Some((ask, _))) = lines.next::<NetAsk>(&stream).await {
         match ask {
-            NetAsk::Attach { interface, mac, address, hostname } => {
-                let place = Place { address, hostname };
+            NetAsk::Attach { interface, mac, address, hostname, resolvers } => {
+                let place = Place { address, hostname, resolvers };
                 return attached(network, stream, &interface, mac, place).await;
             }
             NetAsk::Dial { address, protocol } => {
@@ -157,6 +157,13 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
                 };
                 let fd = dialled.as_ref().ok().map(AsFd::as_fd);
                 if fdpass::send(&stream, &notice, fd).await.is_err() {
+                    return;
+                }
+            }
+            NetAsk::Count { interface } => {
+                let table = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
+                let traffic = tap::traffic(&table, &interface);
+                if fdpass::send(&stream, &Notice::Counted { traffic }, None).await.is_err() {
                     return;
                 }
             }

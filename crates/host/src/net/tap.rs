@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use lodge_spec::state::Traffic;
+
 use super::plan::BRIDGE;
 
 const SIOCSIFFLAGS: libc::c_ulong = 0x8914;
@@ -34,6 +36,23 @@ fn ioctl(fd: i32, code: libc::c_ulong, argument: *mut libc::c_void) -> io::Resul
     match unsafe { libc::ioctl(fd, code, argument) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
+    }
+}
+
+/// What a tap has carried, from the kernel's table of interfaces. What the host's end received
+/// is what the guest sent.
+pub(crate) fn traffic(table: &str, name: &str) -> Traffic {
+    let line = table.lines().find_map(|l| l.trim_start().strip_prefix(name)?.strip_prefix(':'));
+    let numbers: Vec<u64> =
+        line.unwrap_or("").split_whitespace().map_while(|n| n.parse().ok()).collect();
+    match numbers.as_slice() {
+        [received, packets_received, _, _, _, _, _, _, sent, packets_sent, ..] => Traffic {
+            in_bytes: *sent,
+            out_bytes: *received,
+            in_operations: *packets_sent,
+            out_operations: *packets_received,
+        },
+        _ => Traffic::default(),
     }
 }
 

@@ -273,7 +273,10 @@ fn watch_network(
                         watched.ready();
                     }
                 }
-                Notice::Attached | Notice::Dialled | Notice::Refused { .. } => {}
+                Notice::Attached
+                | Notice::Dialled
+                | Notice::Counted { .. }
+                | Notice::Refused { .. } => {}
             }
         }
         watched.mark("network-lost", "the network's keeper is gone");

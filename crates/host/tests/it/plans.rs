@@ -59,6 +59,10 @@ fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
     let disks = machine.disks.iter().map(|disk| DiskFiles {
         layers: match &disk.source {
             DiskSource::Path(path) => vec![layer(path.to_str().unwrap(), DiskFormat::Raw)],
+            DiskSource::Above(path) => vec![
+                layer("/m/top.qcow2", DiskFormat::Qcow2),
+                layer(path.to_str().unwrap(), DiskFormat::Raw),
+            ],
             DiskSource::Blank { .. } => vec![layer("/m/blank.qcow2", DiskFormat::Qcow2)],
             DiskSource::Image { .. } => {
                 vec![layer("/m/top.qcow2", DiskFormat::Qcow2), layer("/i/base", DiskFormat::Raw)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use lodge_machine::Seen;
 use lodge_machine::host::Command;
 use lodge_spec::machine::{Accel, Board, Disk, DiskBus, Nic};
+use lodge_spec::state::Traffic;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
@@ -61,6 +62,21 @@ impl Control {
             Command::Reset => "system_reset",
         };
         self.qmp.ask(name, Value::Null).await.map(drop)
+    }
+
+    /// What the disks have carried since the start.
+    pub async fn disk_traffic(&self) -> Result<Traffic, QmpError> {
+        let stats = self.qmp.ask("query-blockstats", Value::Null).await?;
+        let mut sum = Traffic::default();
+        for disk in stats.as_array().into_iter().flatten() {
+            // Only what the guest itself asked for; the nodes below are listed within.
+            let count = |name: &str| disk["stats"][name].as_u64().unwrap_or(0);
+            sum.in_bytes += count("rd_bytes");
+            sum.out_bytes += count("wr_bytes");
+            sum.in_operations += count("rd_operations");
+            sum.out_operations += count("wr_operations");
+        }
+        Ok(sum)
     }
 
     /// Brings the number of CPUs to `count`.

@@ -331,7 +331,7 @@ fn warden(
         console_fd,
         files,
         sockets: vec![Listen { fd: qmp_fd, path: survey.run.join("qmp.sock") }],
-        taps: taps.into_iter().map(|(fd, index)| tap(machine, survey, fd, index)).collect(),
+        taps: taps.into_iter().map(|(fd, index)| Tap::of(machine, survey, fd, index)).collect(),
         ports: machine
             .ports
             .iter()
@@ -363,18 +363,6 @@ fn inside(qemu: &QemuFacts, accel: Accel, own: Vec<Bind>) -> Vec<Bind> {
     }
     all.extend(own);
     all
-}
-
-fn tap(machine: &Machine, survey: &Survey, fd: i32, index: usize) -> Tap {
-    let (nic, place) = (&machine.nics[index], &survey.nics[index]);
-    Tap {
-        fd,
-        interface: place.interface.clone(),
-        network: place.network.clone(),
-        mac: nic.mac,
-        address: place.address,
-        hostname: machine.hostname.clone(),
-    }
 }
 
 /// Steps that the firmware asks for; the survey cannot know which firmware QEMU brings.
