@@ -3,6 +3,8 @@
 
 mod bench;
 mod leftovers;
+#[cfg(feature = "proto")]
+mod proto;
 mod run;
 mod tidy;
 
@@ -17,6 +19,8 @@ fn main() -> ExitCode {
         "tidy" => tidy::tidy(),
         "vm-test" => vm_test(),
         "bench" => bench::bench(),
+        #[cfg(feature = "proto")]
+        "proto" => proto::generate(),
         _ => Err(anyhow::anyhow!("usage: cargo xtask check | tidy | vm-test | bench")),
     };
     match result {

@@ -60,7 +60,7 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_dir() && !matches!(name.as_str(), "target" | ".git") {
+        if path.is_dir() && !matches!(name.as_str(), "target" | ".git" | "generated") {
             list.extend(sources(&path)?);
         } else if path.extension().is_some_and(|e| e == "rs") {
             list.push(path);

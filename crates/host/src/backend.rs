@@ -191,6 +191,11 @@ impl Unsupported {
         Self { path: path.into(), backend, why: why.into() }
     }
 
+    /// Something that the machine asks for, rather than something that the host lacks.
+    pub fn is_about_field(&self) -> bool {
+        !matches!(self.path.as_str(), "" | "accel" | "nics" | "board")
+    }
+
     pub fn need(need: &Need, backend: BackendKind, board: Board) -> Self {
         let why = format!("the {board} board lacks {}", need.feature.describe());
         Self::new(&need.path, backend, why)

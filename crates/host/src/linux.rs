@@ -14,7 +14,7 @@ use lodge_machine::Store;
 use lodge_machine::host::{Command, Found, Host, Running, Sink};
 use lodge_spec::machine::Machine;
 use lodge_spec::names::MachineId;
-use lodge_spec::problem::Problems;
+use lodge_spec::problem::{Problem, Problems};
 use lodge_spec::request::{Change, Refusal};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
@@ -57,6 +57,11 @@ impl Linux {
 
     pub async fn facts(&self) -> &Facts {
         self.facts.get_or_init(|| Facts::gather(&self.paths)).await
+    }
+
+    /// What is known of the host already; nothing is looked for.
+    pub fn facts_so_far(&self) -> Option<&Facts> {
+        self.facts.get()
     }
 
     async fn survey(&self, machine: &Machine) -> Result<Survey, Problems> {
@@ -116,7 +121,14 @@ impl Linux {
 
 impl Host for Linux {
     async fn check(&self, machine: &Machine) -> Result<(), Problems> {
-        self.survey(machine).await.map(drop)
+        let Err(lacks) = self.plan(machine).await? else { return Ok(()) };
+        // What the host lacks as a whole may be added before the start; a field that nothing here
+        // can do is refused at once.
+        let problems = lacks.into_iter().filter(|u| u.is_about_field());
+        Problems(
+            problems.map(|u| Problem::new(&u.path, format!("{}: {}", u.backend, u.why))).collect(),
+        )
+        .or(())
     }
 
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {

@@ -4,7 +4,7 @@
 pub(crate) mod client;
 mod dhcp;
 mod dns;
-pub(crate) mod holder;
+pub mod holder;
 pub mod keeper;
 pub mod plan;
 mod setup;

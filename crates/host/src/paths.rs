@@ -47,6 +47,20 @@ impl Paths {
         Ok(())
     }
 
+    /// What the host's owner has decided; read when the daemon starts.
+    pub fn settings(&self) -> PathBuf {
+        let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        if var("LODGE_HOME").is_some() {
+            return self.state.join("lodge.toml");
+        }
+        if rustix::process::geteuid().is_root() {
+            return "/etc/lodge/lodge.toml".into();
+        }
+        let home = var("HOME").unwrap_or_else(|| "/".into());
+        let config = var("XDG_CONFIG_HOME").unwrap_or_else(|| home.join(".config"));
+        config.join("lodge/lodge.toml")
+    }
+
     /// Where the daemon listens.
     pub fn socket(&self) -> PathBuf {
         self.run.join("lodge.sock")
@@ -116,6 +130,24 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
         .find(|p| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok())
 }
 
+/// Whether a file lies below a folder, no link on the way leading out of it.
+pub fn lies_beneath(root: &Path, path: &Path) -> Result<(), String> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+    let text = |e: rustix::io::Errno| match e {
+        rustix::io::Errno::XDEV => {
+            format!("{}: a link leads out of {}", path.display(), root.display())
+        }
+        e => format!("{}: {e}", path.display()),
+    };
+    let rest = path.strip_prefix(root).map_err(|_| format!("{} is elsewhere", path.display()))?;
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, root, folder, Mode::empty()).map_err(text)?;
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(&root, rest, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), how)
+        .map(drop)
+        .map_err(text)
+}
+
 /// Writes a file as a whole or not at all.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let part = path.with_extension("part");
@@ -134,5 +166,29 @@ impl Paths {
     /// A name that this instance gave to something: the folder of its machine is or was here.
     pub fn machine_known(&self, name: &str) -> bool {
         name.parse::<MachineId>().is_ok_and(|id| self.machine(id).exists())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_lead_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        std::fs::write(root.join("a"), "").unwrap();
+        std::fs::write(dir.path().join("secret"), "").unwrap();
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, root.join(name)).unwrap();
+        link("a", "inside");
+        link("../secret", "out");
+        link("/etc/passwd", "far");
+        for good in ["a", "inside"] {
+            assert_eq!(lies_beneath(&root, &root.join(good)), Ok(()), "{good}");
+        }
+        for bad in ["out", "far", "none"] {
+            assert!(lies_beneath(&root, &root.join(bad)).is_err(), "{bad}");
+        }
     }
 }

@@ -110,6 +110,13 @@ pub fn close_inherited() {
     unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
 }
 
+/// Ends a process at once. One that has ended already is none to end.
+pub fn kill(pid: u32) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
 /// Waits until a process has ended, reaped or not.
 pub async fn ended(pid: u32) {
     use rustix::process::{Pid, PidfdFlags, pidfd_open};

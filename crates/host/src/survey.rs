@@ -83,7 +83,9 @@ impl Surveyor<'_> {
         let (kernel, initrd, cmdline, virtio_mmio) = match (&machine.boot, manifest) {
             (Boot::Firmware { .. }, _) => return Some(BootFiles::Firmware),
             (Boot::Kernel { kernel, initrd, cmdline }, _) => {
-                (kernel.clone(), initrd.clone(), cmdline.clone(), false)
+                // Whoever turns PCI off knows that the kernel does without.
+                let without_pci = cmdline.split_whitespace().any(|word| word == "pci=off");
+                (kernel.clone(), initrd.clone(), cmdline.clone(), without_pci)
             }
             (Boot::Image { cmdline, .. }, Some(manifest)) => {
                 let Some(kernel) = &manifest.kernel else { return Some(BootFiles::Firmware) };

@@ -22,6 +22,7 @@ use crate::doctor;
 
 pub(crate) struct Answer {
     keeper: Arc<Keeper<Linux>>,
+    attended: bool,
 }
 
 /// More past events than this are not shown.
@@ -39,8 +40,8 @@ impl Control for Answer {
 }
 
 impl Answer {
-    pub(crate) fn new(keeper: Arc<Keeper<Linux>>) -> Self {
-        Self { keeper }
+    pub(crate) fn new(keeper: Arc<Keeper<Linux>>, attended: bool) -> Self {
+        Self { keeper, attended }
     }
 
     async fn carry_out(&self, request: Request, replies: &Sender<Reply>) -> Result<Reply, Refusal> {
@@ -48,7 +49,8 @@ impl Answer {
         match request {
             Request::Ping => {
                 let version = env!("CARGO_PKG_VERSION").to_owned();
-                Ok(Reply::Pong { version, pid: std::process::id() })
+                let (pid, attended) = (std::process::id(), self.attended);
+                Ok(Reply::Pong { version, pid, attended })
             }
             Request::Create { draft } => {
                 let machine = self.keeper.create(*draft).await?;
@@ -93,7 +95,9 @@ impl Answer {
                 let machine = self.keeper.wait(&target, until, timeout_ms.map(ms)).await?;
                 Ok(Reply::Summary { machine })
             }
-            Request::Events { target, follow } => self.events(target, follow, replies).await,
+            Request::Events { target, follow, past } => {
+                self.events(target, follow, past, replies).await
+            }
             Request::Console { target } => {
                 let record = self.record(&target)?;
                 let (socket, log) = self.keeper.host().console(record.machine.id);
@@ -106,6 +110,7 @@ impl Answer {
             Request::Gc { dry_run } => self.collect(dry_run).await,
             Request::ImageBuild { .. }
             | Request::ImageAdd { .. }
+            | Request::ImageExport { .. }
             | Request::ImageList
             | Request::ImageInspect { .. }
             | Request::ImageRemove { .. }
@@ -133,6 +138,11 @@ impl Answer {
             }
             Request::ImageAdd { path, name } => {
                 document(json!(images.add(path.as_ref(), name).await?))
+            }
+            Request::ImageExport { name, folder } => {
+                let (manifest, images) = (images.find(&name).await?, images.clone());
+                let work = move || images.export(&manifest, folder.as_ref());
+                document(json!(tokio::task::spawn_blocking(work).await.map_err(Refusal::failed)??))
             }
             Request::ImageList => document(json!(images.list().await?)),
             Request::ImageInspect { name } => document(json!(images.find(&name).await?)),
@@ -249,11 +259,16 @@ impl Answer {
         &self,
         target: Option<Target>,
         follow: bool,
+        past: bool,
         replies: &Sender<Reply>,
     ) -> Result<Reply, Refusal> {
         let mut live = self.keeper.subscribe();
         let store = self.keeper.store();
-        let past = store.events(target.clone(), 0, MAX_EVENTS).await.map_err(Refusal::failed)?;
+        if !past && replies.send(Reply::Done).await.is_err() {
+            return Ok(Reply::Done);
+        }
+        let limit = if past { MAX_EVENTS } else { 0 };
+        let past = store.events(target.clone(), 0, limit).await.map_err(Refusal::failed)?;
         let mut last = 0;
         for event in past {
             last = event.seq;

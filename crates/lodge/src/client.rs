@@ -34,7 +34,7 @@ async fn greet(socket: &Path) -> Result<Client> {
 /// Starts a daemon that stays when this command ends.
 async fn start() -> Result<()> {
     let own = std::env::current_exe()?;
-    let mut tool = Tool::new(own).arg("serve");
+    let mut tool = Tool::new(own).args(["serve", "--unattended"]);
     for name in [
         "LODGE_HOME",
         "HOME",

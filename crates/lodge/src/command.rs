@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{CommandFactory, Parser};
 use lodge_doors::native::grammar::{
-    Cli, Image, MachineFlags, Output, Plan, Run, Set, Until, Verb, disk_or_size, nic_on,
+    Assets, Cli, Image, MachineFlags, Output, Plan, Run, Set, Until, Verb, disk_or_size, nic_on,
 };
 use lodge_doors::native::render;
 use lodge_doors::native::wire::Client;
@@ -27,7 +27,7 @@ const TIMED_OUT: u8 = 124;
 pub(crate) fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     match &cli.verb {
-        Verb::Serve => return daemon::serve().map(|()| ExitCode::SUCCESS),
+        Verb::Serve(how) => return daemon::serve(how).map(|()| ExitCode::SUCCESS),
         Verb::Completions { shell } => return completions(shell),
         Verb::Man { folder } => return man(folder),
         Verb::Schema => return print(&document::schema_text()),
@@ -164,7 +164,8 @@ impl Session {
             Verb::Doctor => self.doctor().await,
             Verb::Gc { dry_run } => self.collect(dry_run).await,
             Verb::Image(image) => self.image(image).await,
-            Verb::Serve | Verb::Completions { .. } | Verb::Man { .. } | Verb::Schema => {
+            Verb::Assets(Assets::Install { folder, image }) => self.assets(&folder, &image).await,
+            Verb::Serve(_) | Verb::Completions { .. } | Verb::Man { .. } | Verb::Schema => {
                 unreachable!("handled before there was a session")
             }
         }
@@ -265,7 +266,7 @@ impl Session {
     }
 
     async fn events(&mut self, target: Option<String>, follow: bool) -> Result<ExitCode> {
-        self.client.send(&Request::Events { target, follow }).await?;
+        self.client.send(&Request::Events { target, follow, past: true }).await?;
         while let Some(reply) = self.client.next().await? {
             match reply {
                 Reply::Event { event } if self.output == Output::Json => {
@@ -390,6 +391,22 @@ impl Session {
         };
         self.ask(request).await?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    async fn assets(&mut self, folder: &Path, image: &str) -> Result<ExitCode> {
+        let name: lodge_spec::names::ImageName = image.parse().map_err(|e| anyhow!("{e}"))?;
+        let known = self.client.ask(&Request::ImageInspect { name: name.clone() }).await?;
+        if let Err(Refusal::NoImage { .. }) = known {
+            let (size, packages) = (None, Vec::new());
+            self.build(Request::ImageBuild { name: name.clone(), size, packages }).await?;
+        }
+        let folder = std::path::absolute(folder)?.to_string_lossy().into_owned();
+        let made = self.document(Request::ImageExport { name, folder }).await?;
+        if self.output == Output::Json {
+            return print_json(&made);
+        }
+        let lines = made.as_array().into_iter().flatten().filter_map(Value::as_str);
+        print(&lines.map(|line| format!("{line}\n")).collect::<String>())
     }
 
     fn show_images(&self, list: Value) -> Result<ExitCode> {

@@ -1,20 +1,32 @@
-//! The daemon: opens the store, takes machines up, serves the native socket. Crash-only: nothing
-//! happens at its end that a `kill -9` would miss.
+//! The daemon: opens the store, takes machines up, opens its doors. Crash-only: nothing happens at
+//! its end that a `kill -9` would miss.
 
+use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
-use lodge_doors::native::wire;
+use anyhow::{Context, Result, bail};
+use lodge_doors::connect::{self, Door};
+use lodge_doors::native::grammar::Serve;
+use lodge_doors::native::wire::{self, Client};
 use lodge_host::linux::Linux;
+use lodge_host::net::holder;
 use lodge_host::paths::{self, Paths};
+use lodge_machine::store::StoreError;
 use lodge_machine::{Keeper, Store};
-use tokio::net::UnixListener;
+use lodge_spec::machine::{BackendKind, Protocol};
+use lodge_spec::request::{Reply, Request};
+use tokio::net::{TcpListener, UnixListener};
 
 use crate::answer::Answer;
+use crate::settings::{self, Flags, Metald};
+
+/// A daemon that yields is gone within this.
+const YIELD: Duration = Duration::from_secs(5);
 
 /// Serves until it is killed. Says `ready` on standard output when it can be asked.
-pub(crate) fn serve() -> Result<()> {
+pub(crate) fn serve(how: &Serve) -> Result<()> {
     // Whoever started us may have left descriptors open that we would hold for ever.
     lodge_host::proc::close_inherited();
     lodge_host::proc::stay_small();
@@ -24,13 +36,28 @@ pub(crate) fn serve() -> Result<()> {
         .max_blocking_threads(8)
         .enable_all()
         .build()?;
-    runtime.block_on(run())
+    runtime.block_on(run(how))
 }
 
-async fn run() -> Result<()> {
+async fn run(how: &Serve) -> Result<()> {
     let paths = Paths::find();
     paths.make().with_context(|| format!("making {}", paths.state.display()))?;
-    let store = Store::open(&paths.state)?;
+    let metald = match how.unattended {
+        true => None,
+        false => {
+            let flags = Flags { metald: how.metald.clone(), insecure: how.insecure };
+            Some(settings::read(&paths, &flags)?)
+        }
+    };
+    // Before anybody has to yield: a port that is taken ends it here.
+    let port = match metald.as_ref().and_then(|m| m.listen) {
+        Some(address) => Some(listen(address).await?),
+        None => None,
+    };
+    let store = match Store::open(&paths.state) {
+        Err(StoreError::Locked(_)) if !how.unattended => take_place(&paths).await?,
+        store => store?,
+    };
     let fresh = fresh_boot(&paths.state.join("boot-id"));
     let host = Arc::new(Linux::new(paths.clone(), store.clone()));
     let keeper = Keeper::open(store, host.clone(), fresh).await?;
@@ -40,13 +67,66 @@ async fn run() -> Result<()> {
     let listener = UnixListener::bind(&socket).with_context(|| socket.display().to_string())?;
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
-    use std::io::Write;
+    let answer = Arc::new(Answer::new(keeper, !how.unattended));
+    if let (Some(metald), Some(port)) = (metald, port) {
+        let at = port.local_addr()?;
+        let door = Door::new(answer.clone(), door_settings(metald, &host)?);
+        tokio::spawn(connect::serve(port, door));
+        let _ = writeln!(std::io::stderr(), "lodge: the Connect door is open at http://{at}");
+    }
     let mut stdout = std::io::stdout();
     // Nobody may be reading.
     let _ = writeln!(stdout, "ready").and_then(|()| stdout.flush());
     tokio::spawn(async move { host.facts().await.tsc_khz });
-    wire::serve(listener, Arc::new(Answer::new(keeper))).await?;
+    wire::serve(listener, answer).await?;
     Ok(())
+}
+
+async fn listen(address: std::net::SocketAddr) -> Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(listener),
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => bail!(
+            "{address} is already in use by {}; `lodge serve --metald IP:PORT` takes another",
+            holder::of(address.port(), Protocol::Tcp)
+        ),
+        Err(e) => Err(e).with_context(|| address.to_string()),
+    }
+}
+
+/// Ends a daemon that a command started, whose machines run on, and opens the store in its place.
+async fn take_place(paths: &Paths) -> Result<Store> {
+    let mut client = Client::connect(&paths.socket()).await.context("asking the other daemon")?;
+    let other = match client.ask(&Request::Ping).await?? {
+        Reply::Pong { attended: false, pid, .. } => pid,
+        _ => return Err(StoreError::Locked(paths.state.clone()).into()),
+    };
+    lodge_host::proc::kill(other);
+    tokio::time::timeout(YIELD, lodge_host::proc::ended(other))
+        .await
+        .context("the other daemon does not end")?;
+    Ok(Store::open(&paths.state)?)
+}
+
+fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings> {
+    let Metald { assets, backend, tenants, audit, .. } = metald;
+    let file = std::fs::File::options().create(true).append(true).open(&audit);
+    let file = Mutex::new(file.with_context(|| audit.display().to_string())?);
+    let host = host.clone();
+    Ok(connect::Settings {
+        assets,
+        beneath: Box::new(paths::lies_beneath),
+        tenants,
+        backend,
+        audit: Box::new(move |line| {
+            // A full disk must not keep machines from being stopped.
+            let _ = writeln!(file.lock().expect("not poisoned"), "{line}");
+        }),
+        health: Box::new(move || match host.facts_so_far().map(|facts| &facts.qemu) {
+            Some(Ok(_)) => Ok(BackendKind::Qemu.to_string()),
+            Some(Err(why)) => Err(why.clone()),
+            None => Err("the host has not been looked at yet".into()),
+        }),
+    })
 }
 
 /// True once after each boot of the host.

@@ -7,6 +7,7 @@ mod command;
 mod console;
 mod daemon;
 mod doctor;
+mod settings;
 
 use std::io::Write;
 use std::path::Path;

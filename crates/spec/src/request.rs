@@ -80,10 +80,12 @@ pub enum Request {
         until: Condition,
         timeout_ms: Option<u64>,
     },
-    /// A stream of `Event` replies; after the past ones it goes on when `follow` is set.
+    /// A stream of `Event` replies: the past ones where `past` is set, then, where `follow` is,
+    /// those to come. Without the past, a first `Done` says that nothing is missed any more.
     Events {
         target: Option<Target>,
         follow: bool,
+        past: bool,
     },
     /// Where the machine's console and its log are.
     Console {
@@ -102,6 +104,11 @@ pub enum Request {
     ImageAdd {
         path: String,
         name: Option<ImageName>,
+    },
+    /// Puts an image's kernel and disk into a host folder, as plain files.
+    ImageExport {
+        name: ImageName,
+        folder: String,
     },
     ImageList,
     ImageInspect {
@@ -154,6 +161,8 @@ pub enum Reply {
     Pong {
         version: String,
         pid: u32,
+        /// Somebody started it on purpose; one that a command started yields to such a one.
+        attended: bool,
     },
     Summary {
         machine: Summary,

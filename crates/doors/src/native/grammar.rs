@@ -156,9 +156,13 @@ pub enum Verb {
     /// Images: build, add, list, inspect, remove, verify.
     #[command(subcommand)]
     Image(Image),
-    /// The daemon. Commands start it themselves when none runs.
-    #[command(after_help = "Example:\n  lodge serve")]
-    Serve,
+    /// Plain files for machines that name their kernel and disk by host path.
+    #[command(subcommand)]
+    Assets(Assets),
+    /// The daemon, with its doors open to other programs. Commands start one without doors
+    /// themselves when none runs; this one takes its place.
+    #[command(after_help = "Example:\n  lodge serve\n  lodge serve --metald 127.0.0.1:9000")]
+    Serve(Serve),
     /// Completions for a shell.
     #[command(after_help = "Example:\n  lodge completions bash > /etc/bash_completion.d/lodge")]
     Completions { shell: String },
@@ -419,4 +423,32 @@ pub fn disk_or_size(text: &str) -> DiskDraft {
         Ok(size) => DiskDraft { size: Some(Size::Bytes(size.0)), ..DiskDraft::default() },
         Err(_) => disk_of(text),
     }
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct Serve {
+    /// Where the Connect door listens, or `off`. 127.0.0.1:8080 when neither this nor the settings
+    /// say.
+    #[arg(long, value_name = "IP:PORT")]
+    pub metald: Option<String>,
+    /// Open doors to other hosts without asking who comes.
+    #[arg(long)]
+    pub insecure: bool,
+    /// No doors but the command line's; how commands start a daemon.
+    #[arg(long, hide = true)]
+    pub unattended: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Assets {
+    /// Put a kernel (`vmlinux`, with `vmlinux.initrd` beside it) and a root file system
+    /// (`rootfs.ext4`) into a folder; builds the image first where it is not there.
+    #[command(after_help = "Example:\n  lodge assets install")]
+    Install {
+        #[arg(default_value = "/opt/vm-assets", value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+        /// The image that they are taken from.
+        #[arg(long, default_value = "debian-12")]
+        image: String,
+    },
 }

@@ -116,26 +116,38 @@ impl Images {
     /// Copies a file into the store, holes kept, and returns its digest.
     pub(super) fn take(&self, path: &Path) -> io::Result<Blob> {
         let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs())?;
-        let mut input = File::open(path)?;
-        let mut buffer = vec![0; 1 << 20];
-        let (mut hash, mut bytes) = (Sha256::new(), 0u64);
-        let mut out = part.as_file();
-        loop {
-            let count = input.read(&mut buffer)?;
-            if count == 0 {
-                break;
-            }
-            let chunk = &buffer[..count];
-            hash.update(chunk);
-            bytes += count as u64;
-            if chunk.iter().any(|b| *b != 0) {
-                out.write_all(chunk)?;
-            } else {
-                io::Seek::seek_relative(&mut out, count as i64)?;
-            }
-        }
-        out.set_len(bytes)?;
+        let mut hash = Sha256::new();
+        let bytes = copy_sparse(path, part.as_file(), |chunk| hash.update(chunk))?;
         self.settle(part, hex(&hash.finalize()), bytes)
+    }
+
+    /// Puts what an image boots from into a folder, as plain files: the kernel as an ELF file
+    /// (`vmlinux`), its initial RAM disk beside it, the disk (`rootfs.ext4`). Each appears whole.
+    pub fn export(&self, manifest: &Manifest, folder: &Path) -> Result<Vec<PathBuf>, Refusal> {
+        let (Some(kernel), Some(disk)) = (&manifest.kernel, &manifest.disk) else {
+            let message = format!("image {} has no kernel of its own", manifest.name);
+            return Err(Refusal::Failed { message });
+        };
+        let kernel = self.path(kernel);
+        super::kernel::unpack(&kernel, &self.paths.cache()).map_err(Refusal::failed)?;
+        let kernel = super::kernel::look(&kernel, &self.paths.cache()).map_err(Refusal::failed)?;
+        let initrd = manifest.initrd.as_ref().map(|b| (self.path(b), "vmlinux.initrd"));
+        let files = [(kernel.path, "vmlinux"), (self.path(&disk.blob), "rootfs.ext4")];
+        fs::create_dir_all(folder).map_err(|e| failed(folder, e))?;
+        let mut made = Vec::new();
+        for (from, name) in files.into_iter().chain(initrd) {
+            let to = folder.join(name);
+            let write = || {
+                use std::os::unix::fs::PermissionsExt;
+                let part = tempfile::Builder::new().prefix("part-").tempfile_in(folder)?;
+                copy_sparse(&from, part.as_file(), |_| {})?;
+                part.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+                part.persist(&to).map(drop).map_err(|e| e.error)
+            };
+            write().map_err(|e| failed(&to, e))?;
+            made.push(to);
+        }
+        Ok(made)
     }
 
     /// Puts a finished file where its digest says.
@@ -211,6 +223,33 @@ impl Images {
         let entries = fs::read_dir(self.paths.blobs()).into_iter().flatten().flatten();
         Ok(entries.map(|e| e.path()).filter(|p| !known.contains(p)).collect())
     }
+}
+
+fn failed(path: &Path, error: io::Error) -> Refusal {
+    Refusal::Failed { message: format!("{}: {error}", path.display()) }
+}
+
+/// Copies a file, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
+fn copy_sparse(from: &Path, mut out: &File, mut see: impl FnMut(&[u8])) -> io::Result<u64> {
+    let mut input = File::open(from)?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0u64;
+    loop {
+        let count = input.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        let chunk = &buffer[..count];
+        see(chunk);
+        bytes += count as u64;
+        if chunk.iter().any(|b| *b != 0) {
+            out.write_all(chunk)?;
+        } else {
+            io::Seek::seek_relative(&mut out, count as i64)?;
+        }
+    }
+    out.set_len(bytes)?;
+    Ok(bytes)
 }
 
 fn name_of(path: &Path) -> Result<ImageName, Refusal> {

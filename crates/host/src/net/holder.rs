@@ -5,7 +5,7 @@ use std::fs;
 use lodge_spec::machine::Protocol;
 
 /// A phrase such as `nginx (process 412)`.
-pub(crate) fn of(port: u16, protocol: Protocol) -> String {
+pub fn of(port: u16, protocol: Protocol) -> String {
     find(port, protocol).unwrap_or_else(|| "another process".to_owned())
 }
 

@@ -1,0 +1,62 @@
+//! The Connect door: the virtual machine interface that metald made known, as Connect (JSON and
+//! binary), gRPC and gRPC-Web on one port, and what Lodge adds to it. Translates; the words of
+//! another system end here.
+
+mod calls;
+mod create;
+mod decode;
+mod describe;
+mod fault;
+mod http;
+mod methods;
+pub mod metrics;
+pub mod proto;
+mod tenants;
+mod watch;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use http::serve;
+pub use tenants::{Foreign, Quota, Tenants, Token};
+
+use metrics::Metrics;
+
+/// The owner of machines where nobody has to say who they are.
+pub const DEFAULT_CUSTOMER: &str = "default-customer";
+/// The word in `origin.door` of machines that came through here.
+pub const DOOR: &str = "metald";
+
+/// Folder, path.
+pub type Beneath = dyn Fn(&Path, &Path) -> Result<(), String> + Send + Sync;
+
+/// What the door is told when it opens.
+pub struct Settings {
+    /// Host paths in requests lie below one of these.
+    pub assets: Vec<PathBuf>,
+    /// Whether a path is there and lies below the folder, links resolved; the error says why not.
+    pub beneath: Box<Beneath>,
+    pub tenants: Tenants,
+    /// `auto` or the name of one.
+    pub backend: String,
+    /// Gets a line of JSON for each call that changes something.
+    pub audit: Box<dyn Fn(&str) + Send + Sync>,
+    /// The VMM that machines are given, for `/_/health`; the error says why there is none.
+    pub health: Box<dyn Fn() -> Result<String, String> + Send + Sync>,
+}
+
+/// An open door. Shared by all its connections.
+pub struct Door<C> {
+    control: Arc<C>,
+    settings: Settings,
+    metrics: Metrics,
+    /// Where quotas are counted, one creation at a time.
+    creating: tokio::sync::Mutex<()>,
+}
+
+impl<C> Door<C> {
+    pub fn new(control: Arc<C>, settings: Settings) -> Arc<Self> {
+        let (metrics, creating) = (Metrics::default(), tokio::sync::Mutex::default());
+        Arc::new(Self { control, settings, metrics, creating })
+    }
+}

@@ -1,0 +1,248 @@
+//! What the host's owner decides: `lodge.toml`, then variables of the environment, then flags, each
+//! stronger than the one before. Everything is checked at start; a mistake names its setting.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, bail};
+use lodge_doors::connect::{Foreign, Quota, Tenants, Token};
+use lodge_host::paths::Paths;
+use lodge_spec::Bytes;
+use lodge_spec::machine::BackendKind;
+use serde::Deserialize;
+
+const DEFAULT_PORT: u16 = 8080;
+/// Where the guide of the Connect door has its kernels and disks.
+const DEFAULT_ASSETS: [&str; 2] = ["/opt/vm-assets", "/data"];
+
+/// The settings file. Unknown keys are refused.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct File {
+    metald: MetaldFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct MetaldFile {
+    /// `IP:PORT`, or `off`.
+    listen: Option<String>,
+    /// Open to other hosts without asking who they are.
+    insecure: bool,
+    assets: Option<Vec<PathBuf>>,
+    backend: Option<String>,
+    /// Callers must say who they are.
+    auth: bool,
+    /// `dev_customer_<id>` is accepted where callers must say who they are.
+    development_tokens: bool,
+    foreign: Option<ForeignWord>,
+    #[serde(rename = "token")]
+    tokens: Vec<TokenFile>,
+    #[serde(rename = "quota")]
+    quotas: BTreeMap<String, QuotaFile>,
+    audit: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ForeignWord {
+    NotFound,
+    PermissionDenied,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenFile {
+    sha256: String,
+    customer: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct QuotaFile {
+    vms: Option<usize>,
+    vcpus: Option<u64>,
+    memory: Option<String>,
+}
+
+/// The Connect door, as it is to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Metald {
+    pub(crate) listen: Option<SocketAddr>,
+    pub(crate) assets: Vec<PathBuf>,
+    pub(crate) backend: String,
+    pub(crate) tenants: Tenants,
+    pub(crate) audit: PathBuf,
+}
+
+/// What the command line adds.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Flags {
+    pub(crate) metald: Option<String>,
+    pub(crate) insecure: bool,
+}
+
+/// Reads the instance's settings; a file that is not there is an empty one.
+pub(crate) fn read(paths: &Paths, flags: &Flags) -> Result<Metald> {
+    let path = paths.settings();
+    let file: File = match std::fs::read_to_string(&path) {
+        Ok(text) => toml::from_str(&text).with_context(|| path.display().to_string())?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => File::default(),
+        Err(e) => return Err(e).with_context(|| path.display().to_string()),
+    };
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    resolve(file.metald, flags, variable, paths)
+}
+
+fn resolve(
+    file: MetaldFile,
+    flags: &Flags,
+    variable: impl Fn(&str) -> Option<String>,
+    paths: &Paths,
+) -> Result<Metald> {
+    let listen = listen(&file, flags, &variable)?;
+    let mut tokens = Vec::new();
+    for TokenFile { sha256, customer } in file.tokens {
+        let digest = digest(&sha256).with_context(|| format!("metald.token of {customer}"))?;
+        tokens.push(Token { sha256: digest, customer });
+    }
+    let mut quotas = BTreeMap::new();
+    for (customer, QuotaFile { vms, vcpus, memory }) in file.quotas {
+        let memory = memory.map(|text| text.parse::<Bytes>());
+        let memory = memory.transpose().map_err(|e| anyhow!("metald.quota.{customer}.memory: {e}"));
+        quotas.insert(customer, Quota { vms, vcpus, memory_bytes: memory?.map(|b| b.0) });
+    }
+    let tenants = Tenants {
+        required: file.auth,
+        development: file.development_tokens,
+        tokens,
+        foreign: match file.foreign {
+            Some(ForeignWord::PermissionDenied) => Foreign::Denied,
+            Some(ForeignWord::NotFound) | None => Foreign::NotFound,
+        },
+        quotas,
+    };
+    let open = listen.is_some_and(|address| !address.ip().is_loopback());
+    if open && !tenants.required && !file.insecure && !flags.insecure {
+        bail!(
+            "metald.listen: {} is open to other hosts; set `auth = true` with tokens, or say \
+             --insecure",
+            listen.map(|a| a.to_string()).unwrap_or_default()
+        );
+    }
+    let assets = file.assets.unwrap_or_else(|| DEFAULT_ASSETS.map(PathBuf::from).to_vec());
+    if let Some(odd) = assets.iter().find(|path| !path.is_absolute()) {
+        bail!("metald.assets: {} is not an absolute path", odd.display());
+    }
+    Ok(Metald {
+        listen,
+        assets,
+        backend: backend(file.backend, &variable)?,
+        tenants,
+        audit: file.audit.unwrap_or_else(|| paths.state.join("audit.jsonl")),
+    })
+}
+
+fn listen(
+    file: &MetaldFile,
+    flags: &Flags,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> Result<Option<SocketAddr>> {
+    let written = flags.metald.as_ref().map(|text| ("--metald", text));
+    let written = written.or_else(|| file.listen.as_ref().map(|text| ("metald.listen", text)));
+    let mut address = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT));
+    if let Some((name, text)) = written {
+        if text == "off" {
+            return Ok(None);
+        }
+        address = text.parse().map_err(|_| anyhow!("{name}: {text:?} is not IP:PORT or off"))?;
+    }
+    if flags.metald.is_none() {
+        if let Some(port) = variable("UNKEY_METALD_PORT") {
+            let port = port.parse().map_err(|_| anyhow!("UNKEY_METALD_PORT: {port:?} is no port"));
+            address.set_port(port?);
+        }
+        if let Some(text) = variable("UNKEY_METALD_ADDRESS") {
+            let parsed: Result<IpAddr, _> = text.parse();
+            let ip = parsed.map_err(|_| anyhow!("UNKEY_METALD_ADDRESS: {text:?} is no address"));
+            address.set_ip(ip?);
+        }
+    }
+    Ok(Some(address))
+}
+
+/// The backend that machines of this door get: `auto`, or a hypervisor by its name.
+fn backend(written: Option<String>, variable: &impl Fn(&str) -> Option<String>) -> Result<String> {
+    let (name, word) = match (variable("UNKEY_METALD_BACKEND"), written) {
+        (Some(word), _) => ("UNKEY_METALD_BACKEND", word),
+        (None, Some(word)) => ("metald.backend", word),
+        (None, None) => return Ok("auto".into()),
+    };
+    if word == "auto" {
+        return Ok(word);
+    }
+    let known: Result<BackendKind, String> = word.parse();
+    known.map(|b| b.to_string()).map_err(|why| anyhow!("{name}: unsupported backend type: {why}"))
+}
+
+fn digest(text: &str) -> Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        bail!("sha256 is not 64 hexadecimal digits; `printf %s TOKEN | sha256sum` makes it");
+    }
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16)
+            .map_err(|_| anyhow!("sha256 is not 64 hexadecimal digits"))?;
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(text: &str, variables: &[(&str, &str)], flags: &Flags) -> Result<Metald, String> {
+        let paths = Paths { state: "/s".into(), run: "/r".into() };
+        let file: File = toml::from_str(text).map_err(|e| e.to_string())?;
+        let variable = |name: &str| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned())
+        };
+        resolve(file.metald, flags, variable, &paths).map_err(|e| format!("{e:#}"))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_guide() {
+        let metald = run("", &[], &Flags::default()).unwrap();
+        assert_eq!(metald.listen.unwrap().to_string(), "127.0.0.1:8080");
+        assert_eq!(metald.assets, [PathBuf::from("/opt/vm-assets"), "/data".into()]);
+        assert!(!metald.tenants.required);
+        let flags = Flags { metald: Some("off".into()), ..Flags::default() };
+        assert_eq!(run("", &[], &flags).unwrap().listen, None);
+        let variables = [("UNKEY_METALD_PORT", "9000")];
+        let listen = run("", &variables, &Flags::default()).unwrap().listen.unwrap();
+        assert_eq!(listen.port(), 9000);
+    }
+
+    #[test]
+    fn mistakes_name_their_setting() {
+        let none = Flags::default();
+        for (text, variables, complaint) in [
+            ("", vec![("UNKEY_METALD_BACKEND", "xen")], "UNKEY_METALD_BACKEND"),
+            ("", vec![("UNKEY_METALD_PORT", "x")], "UNKEY_METALD_PORT"),
+            ("", vec![("UNKEY_METALD_ADDRESS", "0.0.0.0")], "open to other hosts"),
+            ("[metald]\nlisten = 'x'", vec![], "metald.listen"),
+            ("[metald]\nlisten = '[::]:80'", vec![], "open to other hosts"),
+            ("[metald]\nassets = ['x']", vec![], "metald.assets"),
+            ("[metald]\nport = 1", vec![], "unknown field `port`"),
+            ("[[metald.token]]\nsha256 = 'x'\ncustomer = 'a'", vec![], "metald.token of a"),
+            ("[metald.quota.a]\nmemory = 'lots'", vec![], "metald.quota.a.memory"),
+        ] {
+            let said = run(text, &variables, &none).expect_err(text);
+            assert!(said.contains(complaint), "{text}: {said}");
+        }
+        let flags = Flags { metald: Some("0.0.0.0:80".into()), insecure: true };
+        assert!(run("", &[], &flags).is_ok());
+        assert!(run("[metald]\nlisten = '0.0.0.0:80'\nauth = true", &[], &none).is_ok());
+    }
+}
