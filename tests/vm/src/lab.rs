@@ -233,6 +233,15 @@ pub fn end(mut child: Child) {
     let _ = child.wait();
 }
 
+/// Waits until a process is gone.
+pub fn wait_gone(pid: u32) {
+    let begun = Instant::now();
+    while Path::new(&format!("/proc/{pid}/fd/0")).exists() {
+        assert!(begun.elapsed() < PATIENCE, "process {pid} does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Signals a process that this suite started.
 pub fn kill(pid: u32, signal: i32) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();

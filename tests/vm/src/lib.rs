@@ -6,6 +6,7 @@
 
 pub mod assets;
 pub mod lab;
+pub mod metald;
 
 pub use lab::Lab;
 

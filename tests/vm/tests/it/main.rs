@@ -8,5 +8,6 @@ mod debian;
 mod devices;
 mod faults;
 mod lifecycle;
+mod metald;
 mod network;
 mod rootless;

@@ -1,0 +1,7 @@
+//! The Connect door: the conformance cases, each named after its number, over real machines.
+
+mod calls;
+mod clients;
+mod load;
+mod tenants;
+mod wire;
