@@ -240,6 +240,8 @@ pub enum BootFiles {
         pvh: bool,
         /// The guest is known to find virtio devices without PCI.
         virtio_mmio: bool,
+        /// The guest looks for PCI devices, unless its command line forbids it.
+        pci: bool,
     },
     Firmware,
 }

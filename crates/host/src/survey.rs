@@ -80,12 +80,10 @@ impl Surveyor<'_> {
         run: &Path,
         uid: u32,
     ) -> Option<BootFiles> {
-        let (kernel, initrd, cmdline, virtio_mmio) = match (&machine.boot, manifest) {
+        let (kernel, initrd, cmdline, known_mmio) = match (&machine.boot, manifest) {
             (Boot::Firmware { .. }, _) => return Some(BootFiles::Firmware),
             (Boot::Kernel { kernel, initrd, cmdline }, _) => {
-                // Whoever turns PCI off knows that the kernel does without.
-                let without_pci = cmdline.split_whitespace().any(|word| word == "pci=off");
-                (kernel.clone(), initrd.clone(), cmdline.clone(), without_pci)
+                (kernel.clone(), initrd.clone(), cmdline.clone(), false)
             }
             (Boot::Image { cmdline, .. }, Some(manifest)) => {
                 let Some(kernel) = &manifest.kernel else { return Some(BootFiles::Firmware) };
@@ -116,7 +114,10 @@ impl Surveyor<'_> {
         };
         let initrd = initrd.map(|path| own_initrd(steps, &path));
         let kernel = visible(&looked.path, "kernel", run, uid, steps);
-        Some(BootFiles::Kernel { kernel, initrd, cmdline, pvh: looked.pvh, virtio_mmio })
+        // Whoever turns PCI off knows that the kernel does without.
+        let pci = !cmdline.split_whitespace().any(|word| word == "pci=off");
+        let virtio_mmio = known_mmio || !pci;
+        Some(BootFiles::Kernel { kernel, initrd, cmdline, pvh: looked.pvh, virtio_mmio, pci })
     }
 
     async fn disk(

@@ -11,7 +11,7 @@ use lodge_host::backend::{BootFiles, DiskFiles, DiskFormat, Launch, Layer, NicPl
 use lodge_host::facts::{Facts, Hierarchy, Program};
 use lodge_host::kvm::KvmFact;
 use lodge_spec::document;
-use lodge_spec::machine::{Boot, DiskSource, Machine};
+use lodge_spec::machine::{Board, Boot, DiskSource, Machine};
 use lodge_spec::resolve::{Defaults, resolve};
 
 const FAST: KvmFact = KvmFact::Proven { speed: 3_000_000_000, arch_capabilities: true };
@@ -53,6 +53,7 @@ fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
             cmdline: cmdline.clone(),
             pvh,
             virtio_mmio,
+            pci: !cmdline.contains("pci=off"),
         },
         Boot::Firmware { .. } | Boot::Image { .. } => BootFiles::Firmware,
     };
@@ -278,4 +279,17 @@ fn everything_that_is_in_the_way_is_named() {
     without.qemu = Err("qemu-system-x86_64 is not installed".into());
     without.tun = Err("no tun".into());
     expect!["qemu: qemu-system-x86_64 is not installed\n"].assert_eq(&refusal(KERNEL, &without));
+}
+
+#[test]
+fn a_guest_without_pci_is_not_put_where_there_is_nothing_else() {
+    let facts = facts(SLOW, (7, 2, 22));
+    let text = "boot: {kernel: /k, cmdline: pci=off}\ndisks: [{size: 1GiB}]\nmemory: {size: 256MiB, max: 512MiB}\n";
+    let expected = expect![[r#"
+        memory.max: qemu: the microvm board lacks plugging in memory
+        boot.cmdline: qemu: pci=off hides the devices of the q35 board
+    "#]];
+    expected.assert_eq(&refusal(text, &facts));
+    let text = "boot: {kernel: /k, cmdline: pci=off}\ndisks: [{size: 1GiB}]\n";
+    assert_eq!(launch(text, &facts).board, Board::Microvm);
 }

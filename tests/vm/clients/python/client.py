@@ -20,12 +20,12 @@ assert status == 0
 sys.path.insert(0, folder)
 
 from connectrpc.client import ConnectClientSync
-from connectrpc.code import Code
 from connectrpc.compat import google_protobuf_binary_codec, google_protobuf_json_codec
 from connectrpc.errors import ConnectError
-from connectrpc.method import IdempotencyLevel, MethodInfo
+from connectrpc.method import IdempotencyLevel, MethodInfo, StreamType
 from connectrpc.protocol import ProtocolType
 from google.protobuf import json_format
+from pyqwest import HTTPVersion, SyncClient, SyncHTTPTransport
 from lodge.v1 import watch_pb2, watch_pb2_grpc
 from vmprovisioner.v1 import vm_pb2, vm_pb2_grpc
 
@@ -96,7 +96,10 @@ print("grpcio: fine")
 
 for protocol in (ProtocolType.CONNECT, ProtocolType.GRPC, ProtocolType.GRPC_WEB):
     for codec in (google_protobuf_binary_codec(), google_protobuf_json_codec()):
-        with ConnectClientSync(url, codec=codec, protocol=protocol) as client:
+        # gRPC is HTTP/2, which a plain URL does not say.
+        version = HTTPVersion.HTTP2 if protocol == ProtocolType.GRPC else HTTPVersion.HTTP1
+        http = SyncClient(SyncHTTPTransport(http_version=version))
+        with ConnectClientSync(url, codec=codec, protocol=protocol, http_client=http) as client:
 
             def connect_call(name, request):
                 method = MethodInfo(
@@ -105,6 +108,7 @@ for protocol in (ProtocolType.CONNECT, ProtocolType.GRPC, ProtocolType.GRPC_WEB)
                     input=type(request),
                     output=getattr(vm_pb2, name + "Response"),
                     idempotency_level=IdempotencyLevel.UNKNOWN,
+                    stream_type=StreamType.UNARY,
                 )
                 return client.execute_unary(request=request, method=method)
 
@@ -123,6 +127,7 @@ for protocol in (ProtocolType.CONNECT, ProtocolType.GRPC, ProtocolType.GRPC_WEB)
                 input=watch_pb2.WatchVmsRequest,
                 output=watch_pb2.WatchVmsResponse,
                 idempotency_level=IdempotencyLevel.UNKNOWN,
+                stream_type=StreamType.SERVER_STREAM,
             )
             request = watch_pb2.WatchVmsRequest(vm_id="w")
             changes = client.execute_server_stream(request=request, method=method)

@@ -98,9 +98,22 @@ fn crashes_are_restarted_as_often_as_the_policy_says() {
 #[test]
 fn a_second_daemon_is_refused() {
     let lab = Lab::new();
-    lab.ok(&["ls"]);
-    let complaint = lab.fails(&["serve"]);
-    assert!(complaint.contains("is in use by another lodge daemon"), "{complaint}");
+    let initrd = assets::shell();
+    lab.boot("a", &initrd, &[]);
+    let (first, guest) = (lab.daemon(), lab.pid_of_hypervisor("a"));
+    // One that a command started yields to one that somebody wants, and its guests run on.
+    let mut serve = lab.command(&["serve", "--metald", "off"]);
+    let mut second = serve.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    lodge_vm_tests::lab::wait_for_text(&mut second, "ready");
+    assert_ne!(lab.daemon(), first);
+    assert_eq!(lab.pid_of_hypervisor("a"), guest);
+    for args in [&["serve", "--metald", "off"][..], &["serve", "--unattended"]] {
+        let complaint = lab.fails(args);
+        assert!(complaint.contains("is in use by another lodge daemon"), "{complaint}");
+    }
+    assert_eq!(lab.state("a"), "running");
+    lab.ok(&["rm", "--force", "a"]);
+    lodge_vm_tests::lab::end(second);
     lab.ok(&["ls"]);
 }
 

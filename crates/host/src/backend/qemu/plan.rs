@@ -114,8 +114,9 @@ fn choose_board(
             .filter(|Need { feature, .. }| !has.contains(feature))
             .map(|need| Unsupported::need(need, QEMU, board))
             .collect();
-        if board == Board::Microvm {
-            list.extend(microvm_obstacles(survey));
+        match board {
+            Board::Microvm => list.extend(microvm_obstacles(survey)),
+            Board::Q35 | Board::Pc => list.extend(pci_obstacle(survey, board)),
         }
         if !qemu.has_board(board) {
             let why = format!("QEMU {} has no {board} board", qemu.version_text());
@@ -135,6 +136,7 @@ fn choose_board(
         [Board::Microvm, Board::Q35]
     };
     let mut reasons = Vec::new();
+    let mut all = Vec::new();
     for board in order {
         let list = lacks(board);
         if list.is_empty() {
@@ -145,11 +147,21 @@ fn choose_board(
             return Ok(board);
         }
         reasons = list.iter().map(Unsupported::to_string).collect();
-        if board == order[1] {
-            return Err(list);
-        }
+        all.extend(list);
     }
-    unreachable!("the loop returns at its second round")
+    Err(all)
+}
+
+/// A guest that was told not to look for PCI finds nothing on a board that has nothing else.
+fn pci_obstacle(survey: &Survey, board: Board) -> Option<Unsupported> {
+    let devices = survey.disks.len() + survey.nics.len() + usize::from(survey.files_disk.is_some());
+    match &survey.boot {
+        BootFiles::Kernel { pci: false, .. } if devices > 0 => {
+            let why = format!("pci=off hides the devices of the {board} board");
+            Some(Unsupported::new("boot.cmdline", QEMU, why))
+        }
+        BootFiles::Kernel { .. } | BootFiles::Firmware => None,
+    }
 }
 
 fn microvm_obstacles(survey: &Survey) -> Vec<Unsupported> {

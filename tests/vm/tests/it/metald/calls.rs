@@ -254,7 +254,11 @@ fn case_38_room_for_more_memory_is_what_the_guide_says() {
     let mut config = server.good();
     config["memory"]["hotplug_size_bytes"] = json!(268_435_456);
     config["boot"]["kernel_args"] = json!("console=ttyS0 pci=off");
-    server.ok("CreateVm", json!({"config": config}));
+    let message = server.refused("CreateVm", json!({"config": config}), 400, "invalid_argument");
+    assert!(
+        message.contains("memory.max_size_bytes") && message.contains("boot.kernel_args"),
+        "{message}"
+    );
 }
 
 #[test]

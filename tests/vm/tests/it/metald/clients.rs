@@ -77,7 +77,7 @@ fn connect_node() {
     let proto = root().join("crates/doors/proto");
     let made = command("protoc")
         .arg(format!("--plugin={}", dir.join("node_modules/.bin/protoc-gen-es").display()))
-        .args(["--es_opt=target=js", "-I"])
+        .args(["--es_opt=target=js,import_extension=js", "-I"])
         .arg(&proto)
         .arg(format!("--es_out={}", generated.display()))
         .args(["vmprovisioner/v1/vm.proto", "lodge/v1/watch.proto"])
