@@ -1,7 +1,12 @@
 //! What the hypervisors have in common: a pure plan in, a list of steps and one process out.
 //! Nothing happens at a start that its `Launch` does not list.
 
+pub mod api;
+pub mod choose;
+pub mod cloud_hypervisor;
+pub mod firecracker;
 pub mod qemu;
+pub mod vmm;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
@@ -10,10 +15,12 @@ use std::path::PathBuf;
 use lodge_jail::JailPlan;
 use lodge_jail::cgroup::Limits;
 use lodge_spec::capability::Need;
-use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Protocol};
+use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Port, Protocol};
 use lodge_spec::names::Mac;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::facts::Facts;
 
 /// Descriptors that the plan names start here; everything below belongs to the warden.
 pub const FIRST_FD: i32 = 100;
@@ -23,7 +30,8 @@ pub const FIRST_FD: i32 = 100;
 pub struct Launch {
     pub backend: BackendKind,
     pub accel: Accel,
-    pub board: Board,
+    /// `None`: the hypervisor has only one.
+    pub board: Option<Board>,
     /// Why these.
     pub notes: Vec<String>,
     /// Files to make, in order.
@@ -39,6 +47,18 @@ pub struct Launch {
 pub enum Step {
     Folder {
         path: PathBuf,
+    },
+    /// A folder in which the hypervisor itself makes files.
+    OwnFolder {
+        path: PathBuf,
+        owner: u32,
+    },
+    /// A raw disk, empty or with the bytes of another; kept if it is there.
+    Raw {
+        path: PathBuf,
+        bytes: u64,
+        from: Option<PathBuf>,
+        owner: u32,
     },
     /// A qcow2 layer; kept if it is there.
     Layer {
@@ -75,7 +95,15 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::Folder { path } => write!(f, "folder {}", path.display()),
+            Step::Folder { path } | Step::OwnFolder { path, .. } => {
+                write!(f, "folder {}", path.display())
+            }
+            Step::Raw { path, bytes, from: Some(from), .. } => {
+                write!(f, "raw disk {} of {bytes} bytes from {}", path.display(), from.display())
+            }
+            Step::Raw { path, bytes, from: None, .. } => {
+                write!(f, "raw disk {} of {bytes} bytes", path.display())
+            }
             Step::Layer { path, bytes, above: Some((above, _)), .. } => {
                 write!(f, "layer {} of {bytes} bytes above {}", path.display(), above.display())
             }
@@ -105,7 +133,7 @@ pub struct WardenPlan {
     pub name: String,
     pub run: PathBuf,
     pub console_log: PathBuf,
-    pub console_fd: i32,
+    pub console: ConsoleEnd,
     pub files: Vec<OpenFile>,
     pub sockets: Vec<Listen>,
     pub taps: Vec<Tap>,
@@ -114,6 +142,15 @@ pub struct WardenPlan {
     pub ready: Option<String>,
     pub cgroup: Cgroup,
     pub jail: JailPlan,
+}
+
+/// What the hypervisor sees of its serial console, and under which number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsoleEnd {
+    Socket(i32),
+    /// A terminal, which becomes its standard input and output.
+    Terminal(i32),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,6 +180,9 @@ pub struct Tap {
     pub hostname: String,
     /// Name servers to tell the guest in place of the network's own.
     pub resolvers: Vec<Ipv4Addr>,
+    /// The user whose hypervisor opens the interface by its name. Then `fd` is the network's
+    /// namespace, which it lives in, and not the interface.
+    pub opened_by: Option<u32>,
 }
 
 impl Tap {
@@ -157,6 +197,7 @@ impl Tap {
             address: place.address,
             hostname: machine.hostname.clone(),
             resolvers: machine.resolvers.clone(),
+            opened_by: None,
         }
     }
 }
@@ -175,6 +216,30 @@ pub struct Cgroup {
     pub name: String,
     pub hierarchy: lodge_jail::cgroup::Hierarchy,
     pub limits: Limits,
+}
+
+impl Cgroup {
+    /// The group of a machine's hypervisor, with the machine's limits.
+    pub fn of(machine: &Machine, facts: &Facts) -> Self {
+        Self {
+            name: machine.id.to_string(),
+            hierarchy: facts.cgroups.clone(),
+            limits: Limits {
+                cpu_percent: machine.limits.cpu_percent,
+                cpu_weight: machine.limits.cpu_weight,
+                memory_bytes: machine.limits.memory.map(|b| b.0),
+                threads: machine.limits.threads,
+            },
+        }
+    }
+}
+
+impl Forward {
+    pub fn all(machine: &Machine) -> Vec<Self> {
+        let forward =
+            |p: &Port| Self { ip: p.ip, host: p.host, guest: p.guest, protocol: p.protocol };
+        machine.ports.iter().map(forward).collect()
+    }
 }
 
 /// Something asked for that a backend cannot do here.
@@ -196,8 +261,11 @@ impl Unsupported {
         !matches!(self.path.as_str(), "" | "accel" | "nics" | "board")
     }
 
-    pub fn need(need: &Need, backend: BackendKind, board: Board) -> Self {
-        let why = format!("the {board} board lacks {}", need.feature.describe());
+    pub fn need(need: &Need, backend: BackendKind, board: Option<Board>) -> Self {
+        let why = match board {
+            Some(board) => format!("the {board} board lacks {}", need.feature.describe()),
+            None => format!("{backend} lacks {}", need.feature.describe()),
+        };
         Self::new(&need.path, backend, why)
     }
 }
@@ -236,6 +304,8 @@ pub enum BootFiles {
         kernel: PathBuf,
         initrd: Option<PathBuf>,
         cmdline: String,
+        /// The kernel is an ELF file.
+        elf: bool,
         /// The kernel has a PVH entry, so a board without firmware can start it.
         pvh: bool,
         /// The guest is known to find virtio devices without PCI.
@@ -250,6 +320,10 @@ pub enum BootFiles {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskFiles {
     pub layers: Vec<Layer>,
+    /// The guest's view, in bytes; 0 where it was not looked at.
+    pub bytes: u64,
+    /// The uppermost layer is the machine's own and was written by an earlier start.
+    pub kept: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

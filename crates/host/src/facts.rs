@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::qemu::QemuFacts;
+use crate::backend::vmm::VmmFacts;
+use crate::backend::{cloud_hypervisor, firecracker};
 use crate::kvm::{self, KvmFact};
 use crate::paths::{self, Paths};
 
@@ -23,6 +25,8 @@ pub struct Facts {
     pub tsc_khz: u64,
     /// The error says why QEMU cannot be used.
     pub qemu: Result<QemuFacts, String>,
+    pub firecracker: Result<VmmFacts, String>,
+    pub cloud_hypervisor: Result<VmmFacts, String>,
     pub cgroups: Hierarchy,
     pub rootless: bool,
     /// Whether tap interfaces can be made; the error says why not.
@@ -49,6 +53,8 @@ impl Facts {
             kvm: still_there(kvm),
             tsc_khz,
             qemu: QemuFacts::find(&cache).await,
+            firecracker: VmmFacts::find(&firecracker::SEARCH, &cache).await,
+            cloud_hypervisor: VmmFacts::find(&cloud_hypervisor::SEARCH, &cache).await,
             cgroups: Hierarchy::detect(Path::new("/sys/fs/cgroup")),
             rootless: !rustix::process::geteuid().is_root(),
             tun: openable(Path::new("/dev/net/tun")),

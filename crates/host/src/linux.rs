@@ -1,6 +1,7 @@
 //! Linux as the machine room sees it: carries out launches, speaks to wardens and hypervisors, and
 //! reports what they do. The one place where the host's parts meet.
 
+mod drive;
 mod launch;
 mod live;
 pub mod objects;
@@ -19,7 +20,8 @@ use lodge_spec::request::{Change, Refusal};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use crate::backend::qemu::plan::{firmware_steps, plan};
+use crate::backend::choose::Choice;
+use crate::backend::qemu::plan::firmware_steps;
 use crate::backend::{Launch, Survey, Unsupported};
 use crate::facts::Facts;
 use crate::image::store::Images;
@@ -71,10 +73,7 @@ impl Linux {
 
     /// How the machine would be started. Kernels never seen before are unpacked first, because
     /// the choice of the board depends on what is in them.
-    pub async fn plan(
-        &self,
-        machine: &Machine,
-    ) -> Result<Result<Launch, Vec<Unsupported>>, Problems> {
+    pub async fn plan(&self, machine: &Machine) -> Result<Choice, Problems> {
         let mut survey = self.survey(machine).await?;
         if launch::unpack_kernels(&survey.steps, &self.paths).await {
             survey = self.survey(machine).await?;
@@ -83,7 +82,7 @@ impl Linux {
         if let Ok(qemu) = &facts.qemu {
             survey.steps.extend(firmware_steps(machine, &survey, qemu));
         }
-        Ok(plan(machine, &survey, facts))
+        Ok(Choice::of(machine, &survey, facts))
     }
 
     fn live(&self, id: MachineId) -> Result<Live, String> {
@@ -97,6 +96,7 @@ impl Linux {
         let in_force = lodge_jail::in_force::read(live.pid);
         json!({
             "pid": live.pid,
+            "backend": live.launch.backend,
             "board": live.launch.board,
             "notes": live.launch.notes,
             "argv": live.launch.warden.jail.argv,
@@ -121,7 +121,7 @@ impl Linux {
 
 impl Host for Linux {
     async fn check(&self, machine: &Machine) -> Result<(), Problems> {
-        let Err(lacks) = self.plan(machine).await? else { return Ok(()) };
+        let Err(lacks) = self.plan(machine).await?.chosen() else { return Ok(()) };
         // What the host lacks as a whole may be added before the start; a field that nothing here
         // can do is refused at once.
         let problems = lacks.into_iter().filter(|u| u.is_about_field());
@@ -132,11 +132,8 @@ impl Host for Linux {
     }
 
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
-        let launch = match self.plan(&machine).await {
-            Ok(Ok(launch)) => launch,
-            Ok(Err(list)) => return Err(Self::unsupported(&list).to_string()),
-            Err(problems) => return Err(problems.to_string()),
-        };
+        let choice = self.plan(&machine).await.map_err(|problems| problems.to_string())?;
+        let launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
         live::mark(&sink, "planned", &launch.notes.join("; "));
         launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;
         let running = running(&launch);
@@ -160,9 +157,9 @@ impl Host for Linux {
     async fn command(&self, id: MachineId, command: Command) -> Result<(), String> {
         let live = self.live(id)?;
         if command != Command::Quit {
-            return live.control.command(command).await.map_err(|e| e.to_string());
+            return live.command(command).await;
         }
-        let quit = tokio::time::timeout(QUIT_PATIENCE, live.control.command(command)).await;
+        let quit = tokio::time::timeout(QUIT_PATIENCE, live.command(command)).await;
         if !matches!(quit, Ok(Ok(()))) {
             // It does not listen; the warden can end it without being heard.
             live.ask(Ask::Kill).await?;
@@ -181,8 +178,7 @@ impl Host for Linux {
         let survey = self.survey(&machine).await.map_err(|p| p.to_string())?;
         launch::make(&machine, &survey.steps).await?;
         let facts = self.facts().await;
-        let qemu = facts.qemu.as_ref().map_err(Clone::clone)?;
-        live.change(&machine, &survey, change, qemu, &self.networks).await
+        live.change(&machine, &survey, change, facts, &self.networks).await
     }
 
     async fn release(&self, machine: Arc<Machine>) {

@@ -150,10 +150,14 @@ pub fn lies_beneath(root: &Path, path: &Path) -> Result<(), String> {
 
 /// Writes a file as a whole or not at all.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let part = path.with_extension("part");
-    std::fs::write(&part, bytes)?;
-    std::fs::File::open(&part)?.sync_all()?;
-    std::fs::rename(&part, path)
+    // A name of its own, so that two who write the same file do not share it.
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut part = tempfile::Builder::new().prefix("part-").tempfile_in(folder)?;
+    std::io::Write::write_all(&mut part, bytes)?;
+    part.as_file().sync_all()?;
+    use std::os::unix::fs::PermissionsExt;
+    part.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    part.persist(path).map(drop).map_err(|e| e.error)
 }
 
 /// Identifies this boot of the host.

@@ -117,7 +117,8 @@ impl Surveyor<'_> {
         // Whoever turns PCI off knows that the kernel does without.
         let pci = !cmdline.split_whitespace().any(|word| word == "pci=off");
         let virtio_mmio = known_mmio || !pci;
-        Some(BootFiles::Kernel { kernel, initrd, cmdline, pvh: looked.pvh, virtio_mmio, pci })
+        let (pvh, elf) = (looked.pvh, looked.elf);
+        Some(BootFiles::Kernel { kernel, initrd, cmdline, elf, pvh, virtio_mmio, pci })
     }
 
     async fn disk(
@@ -130,12 +131,26 @@ impl Surveyor<'_> {
         uid: u32,
     ) -> Option<DiskFiles> {
         let at = format!("disks[{index}]");
-        let own = |name: &str| self.paths.machine(machine.id).join(format!("{name}.qcow2"));
+        let home = self.paths.machine(machine.id);
+        let own = |name: &str| home.join(format!("{name}.qcow2"));
         let top = |path: PathBuf| Layer { path, format: DiskFormat::Qcow2, block_device: false };
+        if !matches!(disk.source, DiskSource::Path(_)) {
+            // An earlier start under a hypervisor that knows only raw disks has made it whole.
+            let path = home.join(format!("{}.raw", disk.name));
+            if let Ok(meta) = fs::metadata(&path) {
+                let layer = Layer { path, format: DiskFormat::Raw, block_device: false };
+                return Some(DiskFiles { layers: vec![layer], bytes: meta.len(), kept: true });
+            }
+        }
+        let files = |layers: Vec<Layer>, bytes: u64| {
+            let kept = layers.len() > 1 || matches!(disk.source, DiskSource::Blank { .. });
+            let kept = kept && layers[0].path.exists();
+            Some(DiskFiles { layers, bytes, kept })
+        };
         match &disk.source {
             DiskSource::Path(path) => {
                 let looked = p.take(&format!("{at}.source"), layer::look(path))?;
-                Some(DiskFiles { layers: vec![looked.layer] })
+                files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Above(below) => {
                 let looked = p.take(&format!("{at}.source"), layer::look(below))?;
@@ -143,13 +158,13 @@ impl Surveyor<'_> {
                 let (bytes, below) = (looked.bytes, looked.layer);
                 let above = Some((below.path.clone(), below.format));
                 steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
-                Some(DiskFiles { layers: vec![top(path), below] })
+                files(vec![top(path), below], bytes)
             }
             DiskSource::Blank { size } => {
                 let path = own(disk.name.as_str());
                 let bytes = size.0;
                 steps.push(Step::Layer { path: path.clone(), bytes, above: None, owner: uid });
-                Some(DiskFiles { layers: vec![top(path)] })
+                files(vec![top(path)], bytes)
             }
             DiskSource::Image { image, size } => {
                 let manifest = self.manifest(p, &format!("{at}.image"), image).await?;
@@ -177,7 +192,7 @@ impl Surveyor<'_> {
                 let above = Some((below.clone(), format));
                 steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
                 let below = Layer { path: below, format, block_device: false };
-                Some(DiskFiles { layers: vec![top(path), below] })
+                files(vec![top(path), below], bytes)
             }
         }
     }

@@ -54,12 +54,13 @@ pub fn run(plan: &JailPlan) -> Result<(), Error> {
     if rootless {
         enter_user_namespace(plan.uid, plan.gid)?;
     }
+    let network = enter_network(plan)?;
     // SAFETY: this process has one thread, and nothing here relies on what these flags unshare.
     unsafe {
         rustix::thread::unshare_unsafe(
             UnshareFlags::NEWNS
                 | UnshareFlags::NEWPID
-                | UnshareFlags::NEWNET
+                | network
                 | UnshareFlags::NEWIPC
                 | UnshareFlags::NEWUTS
                 | UnshareFlags::NEWCGROUP,
@@ -74,6 +75,17 @@ pub fn run(plan: &JailPlan) -> Result<(), Error> {
     confine(plan, program, rootless)?;
     send(status, "enter\n")?;
     become_program(plan)
+}
+
+/// Goes into the namespace that the plan names; otherwise says that an empty one is to be made.
+fn enter_network(plan: &JailPlan) -> Result<UnshareFlags, Error> {
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+    let Some(fd) = plan.network else { return Ok(UnshareFlags::NEWNET) };
+    // SAFETY: whoever wrote the plan opened this descriptor for us and names it here.
+    let namespace = unsafe { BorrowedFd::borrow_raw(fd) };
+    move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
+        .map_err(step("enter the machine's network"))?;
+    Ok(UnshareFlags::empty())
 }
 
 fn open_program(path: &Path) -> Result<OwnedFd, Error> {
@@ -128,6 +140,7 @@ fn confine(plan: &JailPlan, program: OwnedFd, rootless: bool) -> Result<(), Erro
     mounts::enter_root(plan, rootless)?;
     rustix::system::sethostname(b"jail").map_err(step("set the host name"))?;
     set_limits()?;
+    take_terminal(plan.terminal)?;
     keep_descriptors(&plan.keep_fds)?;
     drop_identity(plan, rootless)?;
     // Set after the identity has changed, which would clear it.
@@ -146,6 +159,17 @@ fn set_limits() -> Result<(), Error> {
         (Resource::Msgqueue, fixed(0)),
     ] {
         rustix::process::setrlimit(resource, limit).map_err(step("set a resource limit"))?;
+    }
+    Ok(())
+}
+
+/// Makes a descriptor the standard input and output.
+fn take_terminal(terminal: Option<i32>) -> Result<(), Error> {
+    for stream in [libc::STDIN_FILENO, libc::STDOUT_FILENO] {
+        // SAFETY: `dup2` onto the standard streams, which nothing here has wrapped.
+        if terminal.is_some_and(|fd| unsafe { libc::dup2(fd, stream) } != stream) {
+            return Err(step("take the terminal")(io::Error::last_os_error()));
+        }
     }
     Ok(())
 }
@@ -213,7 +237,8 @@ fn become_program(plan: &JailPlan) -> Result<(), Error> {
         pointers
     };
     let (argv, env) = (pointers(&argv), pointers(&env));
-    let (main, clone3) = (syscalls::filter(plan.writes_files)?, syscalls::no_clone3()?);
+    let (main, clone3) =
+        (syscalls::filter(plan.writes_files, plan.binds_sockets)?, syscalls::no_clone3()?);
     seccompiler::apply_filter(&main)?;
     // The last filter's answer counts where both refuse.
     seccompiler::apply_filter(&clone3)?;

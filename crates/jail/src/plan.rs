@@ -31,6 +31,15 @@ pub struct JailPlan {
     pub status_fd: i32,
     /// Some binds are writable folders: the calls that make, rename and remove files are kept.
     pub writes_files: bool,
+    /// The program listens on a socket that it makes itself, in a writable folder.
+    #[serde(default)]
+    pub binds_sockets: bool,
+    /// A descriptor of the network namespace to live in, in place of an empty one.
+    #[serde(default)]
+    pub network: Option<i32>,
+    /// What standard input and output are; nothing where absent.
+    #[serde(default)]
+    pub terminal: Option<i32>,
 }
 
 /// One host path inside the jail.

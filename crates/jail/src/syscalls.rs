@@ -210,10 +210,14 @@ const FILES: &[i64] = &[
 ];
 
 /// The filter, compiled for this processor.
-pub(crate) fn filter(writes_files: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+pub(crate) fn filter(
+    writes_files: bool,
+    binds_sockets: bool,
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let files = if writes_files { FILES } else { &[] };
+    let sockets: &[i64] = if binds_sockets { &[libc::SYS_bind] } else { &[] };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        PLAIN.iter().chain(files).map(|number| (*number, Vec::new())).collect();
+        PLAIN.iter().chain(files).chain(sockets).map(|number| (*number, Vec::new())).collect();
     let clone_thread = libc::CLONE_THREAD as u64;
     let mut when = |number: i64, conditions: Vec<SeccompCondition>| {
         SeccompRule::new(conditions).map(|rule| rules.entry(number).or_default().push(rule))

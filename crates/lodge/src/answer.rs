@@ -183,13 +183,21 @@ impl Answer {
     }
 
     async fn plan(&self, draft: lodge_spec::Draft) -> Result<Reply, Refusal> {
-        let machine = self.keeper.resolve_new(draft).await?;
+        let machine = self.keeper.resolve_new(draft)?;
         let host = self.keeper.host();
-        let planned = host.plan(&machine).await;
-        let planned = planned.map_err(|p| Refusal::Invalid { problems: p.0 })?;
-        let value = match planned {
-            Ok(launch) => json!({"backends": {"qemu": {"can": true}}, "chosen": launch}),
-            Err(lacks) => json!({"backends": {"qemu": {"can": false, "lacks": lacks}}}),
+        let choice = host.plan(&machine).await;
+        let choice = choice.map_err(|p| Refusal::Invalid { problems: p.0 })?;
+        let mut backends = serde_json::Map::new();
+        for (backend, verdict) in &choice.verdicts {
+            let said = match verdict {
+                Ok(_) => json!({"can": true}),
+                Err(lacks) => json!({"can": false, "lacks": lacks}),
+            };
+            backends.insert(backend.to_string(), said);
+        }
+        let value = match choice.chosen() {
+            Ok(launch) => json!({"backends": backends, "chosen": launch}),
+            Err(_) => json!({"backends": backends}),
         };
         Ok(Reply::Document { value })
     }

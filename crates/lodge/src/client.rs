@@ -41,6 +41,8 @@ async fn start() -> Result<()> {
         "XDG_STATE_HOME",
         "XDG_RUNTIME_DIR",
         "LODGE_QEMU",
+        "LODGE_FIRECRACKER",
+        "LODGE_CLOUD_HYPERVISOR",
         "http_proxy",
         "https_proxy",
     ] {

@@ -24,6 +24,17 @@ pub(crate) fn examine(facts: &Facts) -> Value {
         }
         Err(why) => say("QEMU", false, why.clone(), Some("apt-get install qemu-system-x86")),
     }
+    for (what, found) in
+        [("Firecracker", &facts.firecracker), ("Cloud Hypervisor", &facts.cloud_hypervisor)]
+    {
+        match found {
+            Ok(vmm) => {
+                let path = vmm.program.path.display();
+                say(what, true, format!("{} at {path}", vmm.version_text()), None);
+            }
+            Err(why) => say(what, false, why.clone(), None),
+        }
+    }
     let kvm = &facts.kvm;
     let fix = match kvm.opens() {
         true => None,

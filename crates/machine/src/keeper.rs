@@ -159,7 +159,9 @@ impl<H: Host> Keeper<H> {
 
     /// Checks, writes and takes up a new machine.
     pub async fn create(self: &Arc<Self>, draft: Draft) -> Result<Summary, Refusal> {
-        let machine = self.resolve_new(draft).await?;
+        let machine = self.resolve_new(draft)?;
+        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
+        self.host.check(&machine).await.map_err(invalid)?;
         let _one = self.creating.lock().await;
         self.check_free(&machine)?;
         let now = now_us();
@@ -187,13 +189,10 @@ impl<H: Host> Keeper<H> {
         Ok(summary(&self.clone().spawn(record, None).record()))
     }
 
-    /// The machine that a draft would become, checked against the host, nothing written.
-    pub async fn resolve_new(&self, draft: Draft) -> Result<Machine, Refusal> {
+    /// The machine that a draft would become, not yet checked against the host.
+    pub fn resolve_new(&self, draft: Draft) -> Result<Machine, Refusal> {
         let id = MachineId(uuid::Uuid::new_v4());
-        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
-        let machine = resolve(draft, Defaults { id }).map_err(invalid)?;
-        self.host.check(&machine).await.map_err(invalid)?;
-        Ok(machine)
+        resolve(draft, Defaults { id }).map_err(|p| Refusal::Invalid { problems: p.0 })
     }
 
     fn check_free(&self, machine: &Machine) -> Result<(), Refusal> {
@@ -344,7 +343,8 @@ impl<H: Host> Keeper<H> {
         self.host.check(&machine).await.map_err(invalid)?;
         let (answer, answered) = oneshot::channel();
         let closed = |_| Refusal::failed("the machine has just been removed");
-        let message = Message::Change { change, machine: Box::new(machine), answer };
+        let (change, machine) = (Box::new(change), Box::new(machine));
+        let message = Message::Change { change, machine, answer };
         handle.inbox.send(message).map_err(|_| closed(()))?;
         answered.await.map_err(|_| closed(()))??;
         Ok(summary(&handle.record()))

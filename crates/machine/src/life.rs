@@ -213,7 +213,8 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         (Seen::GuestReset, State::Running | State::Paused) => {
             (Life { ready: false, ..life.clone() }, Vec::new())
         }
-        (Seen::Ready, State::Running | State::Paused) => {
+        // A fast guest is ready before whoever launched it has said so.
+        (Seen::Ready, State::Starting | State::Running | State::Paused) => {
             (Life { ready: true, restarts: 0, ..life.clone() }, Vec::new())
         }
         (Seen::Panicked(line), State::Starting | State::Running | State::Paused) => {
@@ -426,6 +427,16 @@ mod tests {
             let (still, actions) = saw(&dead, policy, Seen::RestartDue);
             prop_assert!(actions.is_empty() && !still.state.is_live());
         }
+    }
+
+    #[test]
+    fn a_guest_may_be_ready_before_its_launch_is_over() {
+        let restart = Restart { policy: RestartPolicy::Never, max: 1 };
+        let policy = Policy { restart, ephemeral: false };
+        let (starting, _) = ask(&Life::new(), Verb::Start).unwrap();
+        let (early, _) = saw(&starting, policy, Seen::Ready);
+        let (running, _) = saw(&early, policy, Seen::Launched);
+        assert!(running.ready && running.state == State::Running);
     }
 
     #[test]

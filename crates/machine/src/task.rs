@@ -33,7 +33,7 @@ pub(crate) enum Message {
     },
     /// A change and the whole description after it.
     Change {
-        change: Change,
+        change: Box<Change>,
         machine: Box<Machine>,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
@@ -110,7 +110,7 @@ impl<H: Host> Task<H> {
                 gone
             }
             Message::Change { change, machine, answer } => {
-                let _ = answer.send(self.change(change, *machine).await);
+                let _ = answer.send(self.change(*change, *machine).await);
                 false
             }
             Message::LaunchDone(Ok(running)) => {

@@ -17,6 +17,7 @@ pub enum Feature {
     CpuHotplug,
     MemoryHotplug,
     Shares,
+    RateLimits,
 }
 
 impl Feature {
@@ -33,6 +34,7 @@ impl Feature {
             Feature::CpuHotplug => "plugging in CPUs",
             Feature::MemoryHotplug => "plugging in memory",
             Feature::Shares => "shared folders",
+            Feature::RateLimits => "limits on what an interface carries",
         }
     }
 }
@@ -69,6 +71,13 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
             NicModel::Virtio => {}
             NicModel::E1000 | NicModel::Rtl8139 => {
                 need(format!("nics.{}", nic.name), Feature::LegacyNics);
+            }
+        }
+    }
+    for nic in &machine.nics {
+        for (side, limit) in [("rx_limit", nic.rx_limit), ("tx_limit", nic.tx_limit)] {
+            if limit.is_some() {
+                need(format!("nics.{}.{side}", nic.name), Feature::RateLimits);
             }
         }
     }

@@ -256,6 +256,27 @@ pub struct NicDraft {
     /// IPv4 address that DHCP hands out. The next free one when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Limit on what the guest receives. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_limit: Option<RateLimitDraft>,
+    /// Limit on what the guest sends. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_limit: Option<RateLimitDraft>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct RateLimitDraft {
+    /// Bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Size>,
+    /// Milliseconds in which the allowance fills up again. 1000 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refill_ms: Option<u64>,
+    /// Bytes beyond the limit, once. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst: Option<Size>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RestartDraft, RestartFields,
-    Scalar, ShareDraft, Size,
+    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
+    RestartFields, Scalar, ShareDraft, Size,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
@@ -113,6 +113,38 @@ pub struct Nic {
     pub mac: Mac,
     /// What DHCP hands out; `None` takes the network's next free address.
     pub address: Option<Ipv4Addr>,
+    /// What the guest may receive.
+    pub rx_limit: Option<RateLimit>,
+    /// What the guest may send.
+    pub tx_limit: Option<RateLimit>,
+}
+
+/// A limit on bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimit {
+    /// Bytes per second.
+    pub bandwidth: u64,
+    /// Milliseconds in which the allowance is filled up again.
+    pub refill_ms: u64,
+    /// Bytes beyond the limit, once.
+    pub burst: u64,
+}
+
+/// A limit as hypervisors are told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Bucket {
+    pub size: u64,
+    pub refill_time: u64,
+    pub one_time_burst: u64,
+}
+
+impl RateLimit {
+    pub fn bucket(&self) -> Bucket {
+        let Self { bandwidth, refill_ms, burst } = *self;
+        let size = u128::from(bandwidth) * u128::from(refill_ms) / 1000;
+        let size = u64::try_from(size).unwrap_or(u64::MAX);
+        Bucket { size, refill_time: refill_ms, one_time_burst: burst }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -220,7 +252,11 @@ words!(Protocol { Tcp = "tcp", Udp = "udp" });
 words!(RestartPolicy { Never = "never", OnFailure = "on-failure", Always = "always" });
 words!(
     /// A hypervisor that Lodge can drive.
-    BackendKind { Qemu = "qemu" }
+    BackendKind {
+        Qemu = "qemu",
+        Firecracker = "firecracker",
+        CloudHypervisor = "cloud-hypervisor",
+    }
 );
 words!(
     /// How guest code is executed.
@@ -401,13 +437,22 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
 }
 
 fn nic_to_draft(nic: &Nic) -> NicDraft {
-    let Nic { name, network, model, mac, address } = nic;
+    let Nic { name, network, model, mac, address, rx_limit, tx_limit } = nic;
+    let limit = |limit: &Option<RateLimit>| {
+        limit.map(|RateLimit { bandwidth, refill_ms, burst }| RateLimitDraft {
+            bandwidth: Some(Size::Bytes(bandwidth)),
+            refill_ms: Some(refill_ms),
+            burst: Some(Size::Bytes(burst)),
+        })
+    };
     NicDraft {
         name: Some(name.to_string()),
         network: Some(network.to_string()),
         model: Some(model.to_string()),
         mac: Some(mac.to_string()),
         address: address.map(|a| a.to_string()),
+        rx_limit: limit(rx_limit),
+        tx_limit: limit(tx_limit),
     }
 }
 

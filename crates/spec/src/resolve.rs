@@ -9,12 +9,12 @@ use std::str::FromStr;
 
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RestartDraft, RestartFields,
-    Scalar, ShareDraft, Size,
+    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
+    RestartFields, Scalar, ShareDraft, Size,
 };
 use crate::machine::{
     Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
-    Machine, Media, Memory, Nic, NicModel, Origin, Port, Protocol, Readiness, Restart,
+    Machine, Media, Memory, Nic, NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart,
     RestartPolicy, Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
@@ -333,13 +333,33 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
 
 fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Option<Nic> {
     let at = |field: &str| format!("nics[{i}].{field}");
-    let NicDraft { name, network, model, mac, address } = draft;
+    let NicDraft { name, network, model, mac, address, rx_limit, tx_limit } = draft;
     let name = parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))));
     let network = parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())));
     let model = parse(p, &at("model"), model).unwrap_or(NicModel::Virtio);
     let mac = parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i));
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
-    Some(Nic { name: name?, network: network?, model, mac, address })
+    let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
+    let tx_limit = tx_limit.and_then(|limit| resolve_rate(p, &at("tx_limit"), limit));
+    Some(Nic { name: name?, network: network?, model, mac, address, rx_limit, tx_limit })
+}
+
+fn resolve_rate(p: &mut Problems, at: &str, draft: RateLimitDraft) -> Option<RateLimit> {
+    let RateLimitDraft { bandwidth, refill_ms, burst } = draft;
+    let Some(bandwidth) = bandwidth else {
+        p.add(at, "a limit needs a `bandwidth`");
+        return None;
+    };
+    let bandwidth = bytes(p, &format!("{at}.bandwidth"), bandwidth)?.0;
+    let burst = burst.and_then(|b| bytes(p, &format!("{at}.burst"), b)).unwrap_or(Bytes(0)).0;
+    let refill_ms = refill_ms.unwrap_or(1000);
+    in_range(p, &format!("{at}.bandwidth"), bandwidth, 1, 1 << 40);
+    in_range(p, &format!("{at}.refill_ms"), refill_ms, 1, 3_600_000);
+    let limit = RateLimit { bandwidth, refill_ms, burst };
+    if limit.bucket().size == 0 {
+        p.add(at, "nothing would ever pass; make the bandwidth or the refill time larger");
+    }
+    Some(limit)
 }
 
 /// `[IP:]HOST:GUEST[/udp]`; an IPv6 address stands in brackets.

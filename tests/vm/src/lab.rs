@@ -16,6 +16,7 @@ pub struct Lab {
     home: tempfile::TempDir,
     program: PathBuf,
     user: Option<u32>,
+    variables: Vec<(String, String)>,
 }
 
 #[expect(clippy::disallowed_methods, reason = "a test stands where people stand")]
@@ -35,7 +36,7 @@ pub fn program() -> PathBuf {
 impl Lab {
     pub fn new() -> Self {
         let home = tempfile::Builder::new().prefix("lodge-test-").tempdir().unwrap();
-        Self { home, program: program(), user: None }
+        Self { home, program: program(), user: None, variables: Vec::new() }
     }
 
     /// An instance that belongs to an ordinary user.
@@ -54,6 +55,11 @@ impl Lab {
         let lab = Self::new();
         crate::assets::debian_into(lab.home());
         lab
+    }
+
+    /// Sets a variable for every command of this instance.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.variables.push((name.to_owned(), value.to_owned()));
     }
 
     pub fn home(&self) -> &Path {
@@ -75,6 +81,7 @@ impl Lab {
             }
         };
         command.args(args).env("LODGE_HOME", self.home()).stdin(Stdio::null());
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use lodge_formats::{kernel, sniff};
 
@@ -15,6 +16,8 @@ pub struct Kernel {
     /// What the hypervisor loads: the file itself, or the ELF unpacked from it.
     pub path: PathBuf,
     pub pvh: bool,
+    /// What is loaded is an ELF file.
+    pub elf: bool,
     /// The unpacked file is not there yet.
     pub to_unpack: bool,
 }
@@ -36,10 +39,11 @@ pub fn look(path: &Path, cache: &Path) -> Result<Kernel, String> {
     }
     if kept("pvh").exists() {
         let path = if kind == sniff::Kind::Elf { path.to_owned() } else { kept("pvh") };
-        return Ok(Kernel { path, pvh: true, to_unpack: false });
+        return Ok(Kernel { path, pvh: true, elf: true, to_unpack: false });
     }
     let known_not = kept("plain").exists();
-    Ok(Kernel { path: path.to_owned(), pvh: false, to_unpack: !known_not })
+    let elf = kind == sniff::Kind::Elf;
+    Ok(Kernel { path: path.to_owned(), pvh: false, elf, to_unpack: !known_not })
 }
 
 /// Unpacks a kernel that was never seen before and remembers what it is.
@@ -48,6 +52,12 @@ pub fn unpack(path: &Path, cache: &Path) -> Result<(), String> {
     let key = file_key(path).map_err(error)?;
     let dir = cache.join("kernels");
     paths::make_dir(&dir).map_err(error)?;
+    // One at a time; whoever comes second finds it done, and a file that is in use is not replaced.
+    static UNPACKING: Mutex<()> = Mutex::new(());
+    let _one = UNPACKING.lock().expect("not poisoned");
+    if ["pvh", "plain"].iter().any(|s| dir.join(format!("{key}.{s}")).exists()) {
+        return Ok(());
+    }
     let bytes = fs::read(path).map_err(error)?;
     let elf = match bytes.starts_with(b"\x7fELF") {
         true => None,

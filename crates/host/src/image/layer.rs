@@ -75,6 +75,33 @@ pub fn make(
     fs::rename(part, path)
 }
 
+/// Makes a raw disk, with the bytes of another where there is one, unless it is there. Shares
+/// them with it where the file system can.
+pub fn make_raw(path: &Path, bytes: u64, from: Option<&Path>, owner: u32) -> io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let part = path.with_extension("part");
+    let out = File::create(&part)?;
+    if let Some(from) = from {
+        let shared = rustix::fs::ioctl_ficlone(&out, File::open(from)?);
+        if shared.is_err() {
+            super::store::copy_sparse(from, &out, |_| {})?;
+        }
+    }
+    out.set_len(bytes)?;
+    give(&part, owner)?;
+    fs::rename(part, path)
+}
+
+/// Gives a folder to the user who makes files in it.
+pub fn give_folder(path: &Path, owner: u32) -> io::Result<()> {
+    match rustix::process::geteuid().is_root() {
+        true => chown(path, Some(owner), Some(owner)),
+        false => Ok(()),
+    }
+}
+
 /// Makes a copy, unless it is there.
 pub fn copy(from: &Path, path: &Path, owner: u32) -> io::Result<()> {
     if path.exists() {

@@ -230,7 +230,11 @@ fn failed(path: &Path, error: io::Error) -> Refusal {
 }
 
 /// Copies a file, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
-fn copy_sparse(from: &Path, mut out: &File, mut see: impl FnMut(&[u8])) -> io::Result<u64> {
+pub(super) fn copy_sparse(
+    from: &Path,
+    mut out: &File,
+    mut see: impl FnMut(&[u8]),
+) -> io::Result<u64> {
     let mut input = File::open(from)?;
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0u64;

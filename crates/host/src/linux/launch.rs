@@ -70,6 +70,12 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
     };
     match step {
         Step::Folder { path } => paths::make_dir(path).map_err(at(path)),
+        Step::OwnFolder { path, owner } => {
+            paths::make_dir(path).and_then(|()| layer::give_folder(path, *owner)).map_err(at(path))
+        }
+        Step::Raw { path, bytes, from, owner } => {
+            layer::make_raw(path, *bytes, from.as_deref(), *owner).map_err(at(path))
+        }
         Step::Layer { path, bytes, above, owner } => {
             let above = above.as_ref().map(|(path, format)| (path.as_path(), *format));
             layer::make(path, *bytes, above, *owner).map_err(at(path))

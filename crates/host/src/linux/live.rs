@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lodge_machine::Seen;
-use lodge_machine::host::{Found, Mark, Report, Sink};
+use lodge_machine::host::{Command, Found, Mark, Report, Sink};
 use lodge_spec::machine::Machine;
 use lodge_spec::request::Change;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
 
+use super::drive::{Drive, Told, Unreached, reach};
 use super::launch::launch_file;
 use super::usage::Sample;
-use crate::backend::qemu::QemuFacts;
 use crate::backend::qemu::control::{Control, meaning};
-use crate::backend::qemu::qmp::{Qmp, QmpEvent};
+use crate::backend::qemu::qmp::QmpEvent;
 use crate::backend::{FIRST_FD, Launch, Survey, Tap};
+use crate::facts::Facts;
 use crate::fdpass::{self, Lines};
 use crate::paths::boot_id;
 use crate::warden::message::{self, Ask, Exit, Status, Tell};
@@ -27,7 +28,8 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 pub(super) struct Live {
-    pub(super) control: Control,
+    pub(super) drive: Drive,
+    sink: Sink,
     pub(super) launch: Arc<Launch>,
     pub(super) pid: u32,
     asks: mpsc::UnboundedSender<Ask>,
@@ -74,28 +76,41 @@ pub(super) async fn connect(launch: Launch, sink: Sink) -> Result<Live, String> 
         Err(error) => return Err(kept_exit(&run).map_or(error, |e| outcome_text(&e))),
     };
     let mut early = Vec::new();
-    let socket = qmp_socket(&run);
-    let connecting = Qmp::connect(&socket);
-    tokio::pin!(connecting);
-    let connected = loop {
-        tokio::select! {
-            connected = &mut connecting => break connected.map_err(|e| e.to_string()),
-            tell = warden.next() => match tell {
-                Some(Tell::Exited(exit)) => return Err(outcome_text(&exit)),
-                Some(tell) => early.push(tell),
-                None => return Err(kept_exit(&run).map_or("the machine's warden is gone".into(), |e| outcome_text(&e))),
-            },
+    let reached = {
+        let reaching = reach(&launch, true);
+        tokio::pin!(reaching);
+        loop {
+            tokio::select! {
+                reached = &mut reaching => break reached,
+                tell = warden.next() => match tell {
+                    Some(Tell::Exited(exit)) => return Err(outcome_text(&exit)),
+                    Some(tell) => early.push(tell),
+                    None => {
+                        let gone = "the machine's warden is gone".to_owned();
+                        return Err(kept_exit(&run).map_or(gone, |e| outcome_text(&e)));
+                    }
+                },
+            }
         }
     };
-    let (qmp, events) = match connected {
-        Ok(connected) => connected,
-        Err(error) => return Err(last_words(&mut warden).await.unwrap_or(error)),
+    let (drive, told) = match reached {
+        Ok(reached) => reached,
+        // One that does not listen has ended, or is about to.
+        Err(Unreached { why, refused: false }) => {
+            return Err(last_words(&mut warden).await.unwrap_or(why));
+        }
+        Err(Unreached { why, refused: true }) => {
+            // One that does not take its description is of no use to anybody.
+            let _ = fdpass::send(&warden.stream, &Ask::Kill, None).await;
+            let _ = last_words(&mut warden).await;
+            return Err(why);
+        }
     };
     mark(&sink, "answers", "the hypervisor's control socket answers");
     for tell in early {
         report(&sink, tell);
     }
-    Ok(go_on(launch, warden, qmp, events, sink))
+    Ok(go_on(launch, warden, drive, told, sink))
 }
 
 /// Why a hypervisor ended before it answered.
@@ -140,40 +155,31 @@ pub(super) async fn adopt(run: &Path, sink: Sink) -> Result<(Live, Found), Resul
         Ok(warden) => warden,
         Err(_) => return ended("its warden was killed, and the hypervisor with it".into()),
     };
-    let (qmp, events) = match Qmp::connect(&qmp_socket(run)).await {
-        Ok(connected) => connected,
+    let (drive, told) = match reach(&launch, false).await {
+        Ok(reached) => reached,
         Err(error) => {
             let why = last_words(&mut warden).await;
-            return ended(why.unwrap_or_else(|| error.to_string()));
+            return ended(why.unwrap_or(error.why));
         }
     };
     let Status { ready, panic, .. } = warden.status.clone();
-    let live = go_on(launch, warden, qmp, events, sink.clone());
-    let paused = live.control.is_paused().await.unwrap_or(false);
+    let live = go_on(launch, warden, drive, told, sink.clone());
+    let paused = live.drive.is_paused().await;
     if let Some(line) = panic {
         let _ = sink.send(Report::Seen(Seen::Panicked(line)));
     }
     Ok((live, Found::Alive { paused, ready }))
 }
 
-pub(super) fn qmp_socket(run: &Path) -> std::path::PathBuf {
-    run.join("qmp.sock")
-}
-
-fn go_on(
-    launch: Launch,
-    warden: Warden,
-    qmp: Arc<Qmp>,
-    events: mpsc::UnboundedReceiver<QmpEvent>,
-    sink: Sink,
-) -> Live {
-    let control = Control::new(qmp);
+fn go_on(launch: Launch, warden: Warden, drive: Drive, told: Told, sink: Sink) -> Live {
     let (asks, asked) = mpsc::unbounded_channel();
     let pid = warden.status.pid;
-    tokio::spawn(hear_hypervisor(events, control.clone(), sink.clone()));
-    tokio::spawn(hear_warden(warden, asked, sink));
+    if let (Some(events), Drive::Qemu(control)) = (told, &drive) {
+        tokio::spawn(hear_hypervisor(events, control.clone(), sink.clone()));
+    }
+    tokio::spawn(hear_warden(warden, asked, sink.clone()));
     let (taps, sample) = (Arc::default(), Arc::default());
-    Live { control, launch: Arc::new(launch), pid, asks, sample, taps }
+    Live { drive, sink, launch: Arc::new(launch), pid, asks, sample, taps }
 }
 
 async fn hear_hypervisor(
@@ -235,7 +241,19 @@ fn report(sink: &Sink, tell: Tell) {
     let _ = sink.send(report);
 }
 
+fn cold(backend: &str) -> String {
+    format!("{backend} takes nothing in or out while it runs here; stop the machine first")
+}
+
 impl Live {
+    /// Tells the hypervisor what to do, and reports what follows where nothing else will.
+    pub(super) async fn command(&self, command: Command) -> Result<(), String> {
+        if let Some(seen) = self.drive.command(command).await? {
+            let _ = self.sink.send(Report::Seen(seen));
+        }
+        Ok(())
+    }
+
     /// Puts a sample in the place of the one before.
     pub(super) fn exchange_sample(&self, sample: Sample) -> Option<Sample> {
         self.sample.lock().expect("not poisoned").replace(sample)
@@ -251,13 +269,30 @@ impl Live {
         machine: &Machine,
         survey: &Survey,
         change: Change,
-        qemu: &QemuFacts,
+        facts: &Facts,
         networks: &Mutex<()>,
     ) -> Result<(), String> {
-        let board = self.launch.board;
+        let control = match &self.drive {
+            Drive::Qemu(control) => control,
+            Drive::CloudHypervisor(control) => {
+                return match change {
+                    Change::Cpus { count } => control.set_cpus(count).await,
+                    Change::Memory { bytes } => control.set_memory(bytes).await,
+                    Change::AddDisk { .. }
+                    | Change::RemoveDisk { .. }
+                    | Change::AddNic { .. }
+                    | Change::RemoveNic { .. } => Err(cold("cloud-hypervisor")),
+                };
+            }
+            Drive::Firecracker(_) => return Err(cold("firecracker")),
+        };
+        let board = self.launch.board.ok_or("the board is unknown")?;
         match change {
-            Change::Cpus { count } => self.control.set_cpus(count, self.launch.accel, qemu).await,
-            Change::Memory { .. } => self.grow_memory(machine).await,
+            Change::Cpus { count } => {
+                let qemu = facts.qemu.as_ref().map_err(Clone::clone)?;
+                control.set_cpus(count, self.launch.accel, qemu).await
+            }
+            Change::Memory { .. } => self.grow_memory(control, machine).await,
             Change::AddDisk { .. } => {
                 let disk = machine.disks.last().ok_or("no disk")?;
                 let files = survey.disks.last().ok_or("no disk")?;
@@ -266,9 +301,9 @@ impl Live {
                     let file = std::fs::File::options().read(true).write(writable).open(path)?;
                     Ok(file.into())
                 };
-                self.control.add_disk(disk, files, board, open).await
+                control.add_disk(disk, files, board, open).await
             }
-            Change::RemoveDisk { name } => self.control.remove_disk(&name).await,
+            Change::RemoveDisk { name } => control.remove_disk(&name).await,
             Change::AddNic { .. } => {
                 let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
                 let _one = networks.lock().await;
@@ -276,33 +311,29 @@ impl Live {
                 let tap = Tap::of(machine, survey, FIRST_FD, machine.nics.len() - 1);
                 let interface = tap.interface.clone();
                 let fd = self.new_tap(tap).await?;
-                let added = self.control.add_nic(nic, board, fd).await;
+                let added = control.add_nic(nic, board, fd).await;
                 if added.is_err() {
                     self.ask(Ask::Untap { interface }).await?;
                 }
                 added
             }
-            Change::RemoveNic { name } => self.control.remove_nic(&name).await,
+            Change::RemoveNic { name } => control.remove_nic(&name).await,
         }
     }
 
-    async fn grow_memory(&self, machine: &Machine) -> Result<(), String> {
+    async fn grow_memory(&self, control: &Control, machine: &Machine) -> Result<(), String> {
         let argv = &self.launch.warden.jail.argv;
         let option = argv.iter().skip_while(|a| *a != "-m").nth(1).cloned().unwrap_or_default();
         let size = option.strip_prefix("size=").and_then(|s| s.split('M').next());
         let at_boot: u64 = size.and_then(|s| s.parse().ok()).ok_or("the memory is unknown")?;
-        let modules = self.control.memory_modules().await?;
-        let now = at_boot + self.plugged().await?;
+        let modules = control.memory_modules().await?;
+        let now = at_boot + (control.plugged_memory().await? >> 20);
         let wanted = machine.memory.size.as_mib();
         match wanted.checked_sub(now) {
             Some(0) => Ok(()),
-            Some(more) => self.control.add_memory(more << 20, modules).await,
+            Some(more) => control.add_memory(more << 20, modules).await,
             None => Err("memory that runs cannot be taken away; stop the machine first".into()),
         }
-    }
-
-    async fn plugged(&self) -> Result<u64, String> {
-        Ok(self.control.plugged_memory().await? >> 20)
     }
 
     async fn new_tap(&self, tap: Tap) -> Result<std::os::fd::OwnedFd, String> {

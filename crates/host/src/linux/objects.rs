@@ -62,7 +62,7 @@ impl Linux {
             remove(dry_run, &path).await;
         }
         for (path, name) in entries(&self.paths.cache()) {
-            if name.starts_with("build-") || name.ends_with(".part") {
+            if name.starts_with("build-") || name.starts_with("part-") || name.ends_with(".part") {
                 let why = "a build that did not end".to_owned();
                 strays.push(Stray { kind: "scratch", name: path.display().to_string(), why });
                 remove(dry_run, &path).await;

@@ -38,9 +38,9 @@ impl Linux {
             cpu_percent: percent(before, sample, machine.cpus.count),
             memory_bytes: resident(live.pid),
             uptime_ms: sample.age.as_millis().try_into().unwrap_or(u64::MAX),
-            disk: live.control.disk_traffic().await.unwrap_or_default(),
+            disk: live.drive.disk_traffic().await,
             network,
-            socket: Some(super::live::qmp_socket(&live.launch.warden.run).display().to_string()),
+            socket: Some(super::drive::control_socket(&live.launch).display().to_string()),
             interface: interface(&live, machine, &self.paths),
         }
     }

@@ -24,6 +24,8 @@ pub(crate) enum NetAsk {
         address: Ipv4Addr,
         hostname: String,
         resolvers: Vec<Ipv4Addr>,
+        /// The user who opens the interface by its name; what comes back is the namespace then.
+        opened_by: Option<u32>,
     },
     /// What has passed through an interface.
     Count {
@@ -40,7 +42,7 @@ pub(crate) enum NetAsk {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "notice", rename_all = "snake_case")]
 pub(crate) enum Notice {
-    /// The tap comes with it.
+    /// The tap comes with it, or the namespace that it is in.
     Attached,
     /// The socket comes with it.
     Dialled,
@@ -70,6 +72,7 @@ pub(crate) fn attach(tap: &Tap) -> Result<(StdStream, OwnedFd), String> {
         address: tap.address,
         hostname: tap.hostname.clone(),
         resolvers: tap.resolvers.clone(),
+        opened_by: tap.opened_by,
     };
     match fdpass::ask_blocking(&connection, &ask).map_err(text)? {
         (Notice::Attached, Some(fd)) => Ok((connection, fd)),

@@ -145,9 +145,9 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
     let mut lines = Lines::default();
     while let Ok(Some((ask, _))) = lines.next::<NetAsk>(&stream).await {
         match ask {
-            NetAsk::Attach { interface, mac, address, hostname, resolvers } => {
+            NetAsk::Attach { interface, mac, address, hostname, resolvers, opened_by } => {
                 let place = Place { address, hostname, resolvers };
-                return attached(network, stream, &interface, mac, place).await;
+                return attached(network, stream, (&interface, opened_by), mac, place).await;
             }
             NetAsk::Dial { address, protocol } => {
                 let dialled = dial(address, protocol).await;
@@ -179,7 +179,7 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 async fn attached(
     network: Rc<Network>,
     stream: UnixStream,
-    interface: &str,
+    (interface, opened_by): (&str, Option<u32>),
     mac: Mac,
     place: Place,
 ) {
@@ -195,7 +195,12 @@ async fn attached(
     if tokio::time::timeout(HANDOVER, free).await.is_err() {
         return refuse(format!("{mac} or {} is already on the network", place.address)).await;
     }
-    let fd = match tap::make(interface) {
+    let made = match opened_by {
+        None => tap::make(interface),
+        Some(user) => tap::make_for(interface, user)
+            .and_then(|()| std::fs::File::open("/proc/self/ns/net").map(OwnedFd::from)),
+    };
+    let fd = match made {
         Ok(fd) => fd,
         Err(error) => return refuse(format!("interface {interface}: {error}")).await,
     };
@@ -216,6 +221,10 @@ async fn attached(
                 asked = lines.next::<NetAsk>(&stream) => if !matches!(asked, Ok(Some(_))) { break },
             }
         }
+    }
+    if opened_by.is_some() {
+        // It outlives whoever opened it; nobody else takes it away.
+        let _ = tap::remove(interface);
     }
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();

@@ -12,6 +12,8 @@ const SIOCSIFFLAGS: libc::c_ulong = 0x8914;
 const SIOCGIFINDEX: libc::c_ulong = 0x8933;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const IFF_TAP: i32 = 0x2;
 const IFF_NO_PI: i32 = 0x1000;
@@ -56,12 +58,31 @@ pub(crate) fn traffic(table: &str, name: &str) -> Traffic {
     }
 }
 
-/// A new tap on the network's bridge. It goes when the last copy of the descriptor closes.
-pub(crate) fn make(name: &str) -> io::Result<OwnedFd> {
+/// A new tap that a user may open by its name. It stays until `remove`.
+pub(crate) fn make_for(name: &str, user: u32) -> io::Result<()> {
+    let tap = make(name)?;
+    let value = |n: u32| n as usize as *mut libc::c_void;
+    ioctl(tap.as_raw_fd(), TUNSETOWNER, value(user))?;
+    ioctl(tap.as_raw_fd(), TUNSETPERSIST, value(1))
+}
+
+/// Takes a tap of `make_for` away; it goes with the last descriptor.
+pub(crate) fn remove(name: &str) -> io::Result<()> {
+    let tun = open(name)?;
+    ioctl(tun.as_raw_fd(), TUNSETPERSIST, std::ptr::null_mut())
+}
+
+fn open(name: &str) -> io::Result<File> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let mut wanted = request(name)?;
     wanted.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as i16;
     ioctl(tun.as_raw_fd(), TUNSETIFF, (&raw mut wanted).cast())?;
+    Ok(tun)
+}
+
+/// A new tap on the network's bridge. It goes when the last copy of the descriptor closes.
+pub(crate) fn make(name: &str) -> io::Result<OwnedFd> {
+    let tun = open(name)?;
     let mut header = VNET_HEADER;
     ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, (&raw mut header).cast())?;
     // Any socket serves to talk to the interfaces of this namespace.

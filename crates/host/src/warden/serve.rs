@@ -9,6 +9,7 @@ use lodge_jail::cgroup;
 use lodge_machine::store::now_us;
 use regex_lite::Regex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast;
 
@@ -67,8 +68,7 @@ async fn run(started: Started) {
         tells: broadcast::channel(64).0,
         networks: RefCell::default(),
     });
-    let Ok(console) = to_async(console) else { return };
-    let (from_guest, to_guest) = console.into_split();
+    let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
     let watch = Watcher::new(regex);
     let console = tokio::task::spawn_local(read_console(shared.clone(), from_guest, watch));
@@ -113,16 +113,21 @@ async fn run(started: Started) {
     tokio::time::sleep(Duration::from_millis(10)).await;
 }
 
+/// Both directions of the console, which may be a socket or a terminal.
+fn split(console: OwnedFd) -> std::io::Result<(pipe::Receiver, pipe::Sender)> {
+    let twin = console.try_clone()?;
+    Ok((
+        pipe::Receiver::from_owned_fd_unchecked(console)?,
+        pipe::Sender::from_owned_fd_unchecked(twin)?,
+    ))
+}
+
 fn to_async(stream: std::os::unix::net::UnixStream) -> std::io::Result<UnixStream> {
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
 }
 
-async fn read_console(
-    shared: Rc<Shared>,
-    mut from_guest: tokio::net::unix::OwnedReadHalf,
-    mut watch: Watcher,
-) {
+async fn read_console(shared: Rc<Shared>, mut from_guest: pipe::Receiver, mut watch: Watcher) {
     let mut buffer = vec![0; 8192];
     let mut first = true;
     while let Ok(count @ 1..) = from_guest.read(&mut buffer).await {
@@ -144,7 +149,7 @@ async fn read_console(
     }
 }
 
-type ToGuest = Rc<tokio::sync::Mutex<tokio::net::unix::OwnedWriteHalf>>;
+type ToGuest = Rc<tokio::sync::Mutex<pipe::Sender>>;
 
 async fn accept_attach(
     shared: Rc<Shared>,
@@ -313,7 +318,7 @@ async fn read_stderr(stderr: std::process::ChildStderr) -> Vec<String> {
     const KEPT: usize = 16 << 10;
     let mut kept = Vec::new();
     let mut buffer = [0; 1024];
-    let Ok(mut pipe) = tokio::net::unix::pipe::Receiver::from_owned_fd(stderr.into()) else {
+    let Ok(mut pipe) = pipe::Receiver::from_owned_fd(stderr.into()) else {
         return Vec::new();
     };
     while let Ok(count @ 1..) = pipe.read(&mut buffer).await {

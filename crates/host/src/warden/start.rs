@@ -14,7 +14,7 @@ use lodge_jail::cgroup;
 use lodge_spec::machine::Protocol;
 
 use super::message;
-use crate::backend::{Forward, OpenFile, WardenPlan};
+use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
 use crate::net::client;
 use crate::paths;
 use crate::proc::Tool;
@@ -23,7 +23,8 @@ use crate::proc::Tool;
 pub(super) struct Started {
     pub(super) plan: WardenPlan,
     pub(super) pid: u32,
-    pub(super) console: UnixStream,
+    /// Our end of the console; does not block.
+    pub(super) console: OwnedFd,
     pub(super) log: File,
     pub(super) warden: UnixListener,
     pub(super) attach: UnixListener,
@@ -65,22 +66,61 @@ pub(super) fn start() -> Result<Started, String> {
     for socket in &plan.sockets {
         place(listen(&socket.path)?, socket.fd)?;
     }
-    let (console, theirs) = UnixStream::pair().map_err(text("console"))?;
-    place(theirs, plan.console_fd)?;
+    let console = open_console(plan.console).map_err(text("console"))?;
     let (status, theirs) = UnixStream::pair().map_err(text("status"))?;
     place(theirs, plan.jail.status_fd)?;
     let limits = &plan.cgroup;
     let cgroups = cgroup::create(&limits.hierarchy, &limits.name, &limits.limits)
         .map_err(text("making the control group"))?;
     let (mut stderr, jail) = spawn_jail(&plan, cgroups)?;
-    for fd in plan.jail.keep_fds.iter().chain([&plan.jail.status_fd]) {
+    for fd in lent(&plan) {
         // SAFETY: these numbers were placed above and belong to nobody else in this process.
-        drop(unsafe { OwnedFd::from_raw_fd(*fd) });
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     let pid = await_entry(status, jail).map_err(|why| {
         format!("the jail did not close behind the hypervisor: {}", why_jail(why, &mut stderr))
     })?;
     Ok(Started { plan, pid, console, log, warden, attach, stderr, networks, listeners })
+}
+
+/// Makes the console and places the hypervisor's end; returns ours.
+fn open_console(end: ConsoleEnd) -> io::Result<OwnedFd> {
+    let placed = |fd: OwnedFd, number| place(fd, number).map_err(io::Error::other);
+    let ours: OwnedFd = match end {
+        ConsoleEnd::Socket(number) => {
+            let (ours, theirs) = UnixStream::pair()?;
+            placed(theirs.into(), number)?;
+            ours.into()
+        }
+        ConsoleEnd::Terminal(number) => {
+            use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+            let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+            let ours = openpt(flags)?;
+            grantpt(&ours)?;
+            unlockpt(&ours)?;
+            let theirs = ioctl_tiocgptpeer(&ours, flags)?;
+            // Bytes pass as they are: the guest has a terminal of its own.
+            let mut raw = rustix::termios::tcgetattr(&theirs)?;
+            raw.make_raw();
+            rustix::termios::tcsetattr(&theirs, rustix::termios::OptionalActions::Now, &raw)?;
+            placed(theirs, number)?;
+            ours
+        }
+    };
+    let flags = rustix::fs::fcntl_getfl(&ours)?;
+    rustix::fs::fcntl_setfl(&ours, flags | rustix::fs::OFlags::NONBLOCK)?;
+    Ok(ours)
+}
+
+/// Numbers that were placed for the jail alone.
+fn lent(plan: &WardenPlan) -> Vec<i32> {
+    let mut list = plan.jail.keep_fds.clone();
+    list.push(plan.jail.status_fd);
+    list.extend(plan.taps.iter().filter(|tap| tap.opened_by.is_some()).map(|tap| tap.fd));
+    if let ConsoleEnd::Terminal(fd) = plan.console {
+        list.push(fd);
+    }
+    list
 }
 
 fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {

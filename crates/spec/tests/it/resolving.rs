@@ -60,7 +60,7 @@ fn every_fault_is_reported_at_once() {
             ssh_keys[0]: this is not one line of a public SSH key
             resolvers[0]: invalid IPv4 address syntax
             restart.policy: "perhaps" is not known here; known are never, on-failure, always
-            backend: "bochs" is not known here; known are qemu
+            backend: "bochs" is not known here; known are qemu, firecracker, cloud-hypervisor
             limits.cpu_weight: 0 is out of range; 1 to 10000 is possible"#]],
     );
 }

@@ -11,3 +11,4 @@ mod lifecycle;
 mod metald;
 mod network;
 mod rootless;
+mod vmm;

@@ -5,7 +5,6 @@ mod devices;
 
 pub(crate) use devices::{block_nodes, disk_device, nic_device};
 
-use lodge_jail::cgroup::Limits;
 use lodge_jail::{Bind, JailPlan};
 use lodge_spec::capability::{Feature, Need, needs};
 use lodge_spec::machine::{Accel, BackendKind, Board, Boot, BootDevice, Firmware, Machine};
@@ -13,8 +12,8 @@ use serde_json::json;
 
 use crate::backend::qemu::{MODULES, QemuFacts};
 use crate::backend::{
-    BootFiles, Cgroup, FIRST_FD, Forward, Launch, Listen, Step, Survey, Tap, Unsupported,
-    WardenPlan,
+    BootFiles, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Listen, Step, Survey, Tap,
+    Unsupported, WardenPlan,
 };
 use crate::facts::Facts;
 use crate::kvm::KvmFact;
@@ -69,6 +68,7 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     devices::all(&mut args, machine, survey);
     let calls = vec![json!({"execute": "qmp_capabilities"}), json!({"execute": "query-status"})];
     let warden = warden(machine, survey, facts, qemu, args, accel);
+    let board = Some(board);
     Ok(Launch { backend: QEMU, accel, board, notes, steps: survey.steps.clone(), warden, calls })
 }
 
@@ -112,7 +112,7 @@ fn choose_board(
         let mut list: Vec<Unsupported> = needs(machine)
             .iter()
             .filter(|Need { feature, .. }| !has.contains(feature))
-            .map(|need| Unsupported::need(need, QEMU, board))
+            .map(|need| Unsupported::need(need, QEMU, Some(board)))
             .collect();
         match board {
             Board::Microvm => list.extend(microvm_obstacles(survey)),
@@ -311,16 +311,6 @@ fn warden(
     kept.extend([qmp_fd, console_fd]);
     let all = inside(qemu, accel, binds);
     let id = machine.id;
-    let cgroup = Cgroup {
-        name: id.to_string(),
-        hierarchy: facts.cgroups.clone(),
-        limits: Limits {
-            cpu_percent: machine.limits.cpu_percent,
-            cpu_weight: machine.limits.cpu_weight,
-            memory_bytes: machine.limits.memory.map(|b| b.0),
-            threads: machine.limits.threads,
-        },
-    };
     let jail = JailPlan {
         program: qemu.program.path.clone(),
         argv,
@@ -334,23 +324,22 @@ fn warden(
         cgroups: Vec::new(),
         status_fd,
         writes_files: machine.shares.iter().any(|s| !s.read_only),
+        binds_sockets: false,
+        network: None,
+        terminal: None,
     };
     WardenPlan {
         id: id.to_string(),
         name: machine.name.to_string(),
         run: survey.run.clone(),
         console_log: survey.state.join("console.log"),
-        console_fd,
+        console: ConsoleEnd::Socket(console_fd),
         files,
         sockets: vec![Listen { fd: qmp_fd, path: survey.run.join("qmp.sock") }],
         taps: taps.into_iter().map(|(fd, index)| Tap::of(machine, survey, fd, index)).collect(),
-        ports: machine
-            .ports
-            .iter()
-            .map(|p| Forward { ip: p.ip, host: p.host, guest: p.guest, protocol: p.protocol })
-            .collect(),
+        ports: Forward::all(machine),
         ready: survey.ready.clone(),
-        cgroup,
+        cgroup: Cgroup::of(machine, facts),
         jail,
     }
 }

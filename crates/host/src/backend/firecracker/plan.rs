@@ -1,0 +1,211 @@
+//! How Firecracker is started for a machine: one process, then the calls that describe the machine
+//! to it. Pure, like every plan.
+
+use lodge_jail::JailPlan;
+use lodge_spec::capability::{Feature, needs};
+use lodge_spec::machine::{Accel, BackendKind, Machine};
+use serde_json::{Value, json};
+
+use crate::backend::vmm::{self, VmmFacts};
+use crate::backend::{
+    BootFiles, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Step, Survey, Tap, Unsupported,
+    WardenPlan,
+};
+use crate::facts::Facts;
+
+const FIRECRACKER: BackendKind = BackendKind::Firecracker;
+/// What it has beyond CPUs, memory and virtio devices.
+const FEATURES: [Feature; 2] = [Feature::KernelBoot, Feature::RateLimits];
+const MAX_CPUS: u32 = 32;
+/// Inside the jail: where it makes its socket.
+const SOCKET: &str = "/run/api.sock";
+
+/// Plans the start, or says everything that is in the way.
+pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch, Vec<Unsupported>> {
+    let found = facts.firecracker.as_ref();
+    let vmm = found.map_err(|why| vec![Unsupported::new("", FIRECRACKER, why)])?;
+    let mut notes = Vec::new();
+    let mut lacks = obstacles(machine, survey, facts);
+    lacks.extend(vmm::accel(machine, facts, FIRECRACKER, &mut notes).err());
+    let (steps, files) = match vmm::raw_disks(machine, survey, FIRECRACKER) {
+        Ok(raw) if lacks.is_empty() => raw,
+        Ok(_) => return Err(lacks),
+        Err(more) => {
+            lacks.extend(more);
+            return Err(lacks);
+        }
+    };
+    notes.push(format!("firecracker {}: the least that can do it all", vmm.version_text()));
+    let api = survey.run.join("api");
+    let mut steps = steps;
+    steps.push(Step::OwnFolder { path: api.clone(), owner: survey.uid });
+    let taps = taps(machine, survey);
+    let calls = calls(machine, survey, &files, &taps);
+    let mut binds = vmm::code(&vmm.program);
+    binds.push(vmm::device("/dev/kvm"));
+    if !taps.is_empty() {
+        binds.push(vmm::device("/dev/net/tun"));
+    }
+    if let BootFiles::Kernel { kernel, initrd, .. } = &survey.boot {
+        binds.push(vmm::file(kernel, "/kernel".into(), false));
+        binds.extend(initrd.as_ref().map(|path| vmm::file(path, "/initrd".into(), false)));
+    }
+    for (i, path) in files.iter().enumerate() {
+        let writable = machine.disks.get(i).is_some_and(|disk| !disk.read_only);
+        binds.push(vmm::file(path, format!("/disks/{i}"), writable));
+    }
+    binds.push(vmm::file(&api, "/run".into(), true));
+    let warden = warden(machine, survey, facts, vmm, binds, taps);
+    Ok(Launch { backend: FIRECRACKER, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
+}
+
+fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupported> {
+    let lack = |path: &str, why: String| Unsupported::new(path, FIRECRACKER, why);
+    let mut list: Vec<Unsupported> = needs(machine)
+        .iter()
+        .filter(|need| !FEATURES.contains(&need.feature))
+        .map(|need| Unsupported::need(need, FIRECRACKER, None))
+        .collect();
+    if machine.board.is_some() {
+        list.push(lack("board", "firecracker has only its own board".into()));
+    }
+    if machine.cpus.count > MAX_CPUS || (machine.cpus.count > 1 && machine.cpus.count % 2 == 1) {
+        let why =
+            format!("{} CPUs are not 1 or an even number up to {MAX_CPUS}", machine.cpus.count);
+        list.push(lack("cpus.count", why));
+    }
+    if machine.cpus.threads > 2 {
+        list.push(lack("cpus.threads", "a core has one or two threads".into()));
+    }
+    if matches!(survey.boot, BootFiles::Firmware) && !machine.disks.is_empty() {
+        list.push(lack("boot", "firecracker boots kernels only".into()));
+    }
+    if let BootFiles::Kernel { elf: false, .. } = survey.boot {
+        list.push(lack(
+            "boot.kernel",
+            "no uncompressed kernel could be taken out of this one".into(),
+        ));
+    }
+    let networks: std::collections::BTreeSet<_> = machine.nics.iter().map(|n| &n.network).collect();
+    if networks.len() > 1 {
+        list.push(lack("nics", "all interfaces are on one network".into()));
+    }
+    if !machine.nics.is_empty() && facts.rootless {
+        list.push(lack("nics", "firecracker opens its interfaces itself, which takes root".into()));
+    }
+    if let (false, Err(why)) = (machine.nics.is_empty(), &facts.tun) {
+        list.push(lack("nics", format!("no tap interfaces: {why}")));
+    }
+    list
+}
+
+fn taps(machine: &Machine, survey: &Survey) -> Vec<Tap> {
+    let fds = FIRST_FD + 10;
+    let tap = |i: usize| Tap {
+        opened_by: Some(survey.uid),
+        ..Tap::of(machine, survey, fds + i as i32, i)
+    };
+    (0..machine.nics.len()).map(tap).collect()
+}
+
+fn put(path: impl Into<String>, body: Value) -> Value {
+    json!({"method": "PUT", "path": path.into(), "body": body})
+}
+
+/// The machine as Firecracker is told of it; the last call starts it.
+fn calls(
+    machine: &Machine,
+    survey: &Survey,
+    files: &[std::path::PathBuf],
+    taps: &[Tap],
+) -> Vec<Value> {
+    let mut list = vec![put(
+        "/machine-config",
+        json!({
+            "vcpu_count": machine.cpus.count,
+            "mem_size_mib": machine.memory.size.as_mib(),
+            "smt": machine.cpus.threads == 2,
+        }),
+    )];
+    if let BootFiles::Kernel { initrd, cmdline, .. } = &survey.boot {
+        let mut source = json!({"kernel_image_path": "/kernel", "boot_args": cmdline});
+        if initrd.is_some() {
+            source["initrd_path"] = json!("/initrd");
+        }
+        list.push(put("/boot-source", source));
+    }
+    for i in 0..files.len() {
+        let read_only = machine.disks.get(i).is_none_or(|disk| disk.read_only);
+        list.push(put(
+            format!("/drives/disk{i}"),
+            json!({
+                "drive_id": format!("disk{i}"),
+                "path_on_host": format!("/disks/{i}"),
+                // The command line names the root; nothing is to be added to it.
+                "is_root_device": false,
+                "is_read_only": read_only,
+            }),
+        ));
+    }
+    for (i, (nic, tap)) in machine.nics.iter().zip(taps).enumerate() {
+        let mut interface = json!({
+            "iface_id": format!("nic{i}"),
+            "guest_mac": nic.mac.to_string(),
+            "host_dev_name": tap.interface,
+        });
+        for (name, limit) in [("rx_rate_limiter", nic.rx_limit), ("tx_rate_limiter", nic.tx_limit)]
+        {
+            if let Some(limit) = limit {
+                interface[name] = json!({"bandwidth": limit.bucket()});
+            }
+        }
+        list.push(put(format!("/network-interfaces/nic{i}"), interface));
+    }
+    list.push(put("/entropy", json!({})));
+    list.push(put("/balloon", json!({"amount_mib": 0, "deflate_on_oom": true})));
+    list.push(put("/metrics", json!({"metrics_path": "/run/metrics"})));
+    list.push(put("/actions", json!({"action_type": "InstanceStart"})));
+    list
+}
+
+fn warden(
+    machine: &Machine,
+    survey: &Survey,
+    facts: &Facts,
+    vmm: &VmmFacts,
+    binds: Vec<lodge_jail::Bind>,
+    taps: Vec<Tap>,
+) -> WardenPlan {
+    let (terminal, status_fd) = (FIRST_FD, FIRST_FD + 1);
+    let argv = ["firecracker", "--api-sock", SOCKET, "--id", &machine.id.to_string()];
+    let jail = JailPlan {
+        program: vmm.program.path.clone(),
+        argv: argv.map(str::to_owned).into(),
+        env: Vec::new(),
+        binds,
+        keep_fds: Vec::new(),
+        uid: survey.uid,
+        gid: survey.uid,
+        stage: survey.run.clone(),
+        cgroups: Vec::new(),
+        status_fd,
+        writes_files: false,
+        binds_sockets: true,
+        network: taps.first().map(|tap| tap.fd),
+        terminal: Some(terminal),
+    };
+    WardenPlan {
+        id: machine.id.to_string(),
+        name: machine.name.to_string(),
+        run: survey.run.clone(),
+        console_log: survey.state.join("console.log"),
+        console: ConsoleEnd::Terminal(terminal),
+        files: Vec::new(),
+        sockets: Vec::new(),
+        taps,
+        ports: Forward::all(machine),
+        ready: survey.ready.clone(),
+        cgroup: Cgroup::of(machine, facts),
+        jail,
+    }
+}

@@ -1,0 +1,115 @@
+//! A running hypervisor whichever it is: reaching it, driving it, changing it. The one place
+//! beside the choice that knows them all.
+
+use lodge_machine::Seen;
+use lodge_machine::host::Command;
+use lodge_spec::machine::BackendKind;
+use lodge_spec::state::Traffic;
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use crate::backend::Launch;
+use crate::backend::api::{Api, ApiError};
+use crate::backend::qemu::qmp::{Qmp, QmpError, QmpEvent};
+use crate::backend::{cloud_hypervisor, firecracker, qemu};
+
+#[derive(Clone)]
+pub(super) enum Drive {
+    Qemu(qemu::control::Control),
+    Firecracker(firecracker::control::Control),
+    CloudHypervisor(cloud_hypervisor::control::Control),
+}
+
+/// What it tells unasked; those that tell nothing have none.
+pub(super) type Told = Option<mpsc::UnboundedReceiver<QmpEvent>>;
+
+/// Why a hypervisor could not be reached.
+pub(super) struct Unreached {
+    pub(super) why: String,
+    /// It listens, and does not take what it was told.
+    pub(super) refused: bool,
+}
+
+impl From<ApiError> for Unreached {
+    fn from(error: ApiError) -> Self {
+        let refused = matches!(error, ApiError::Refused { .. });
+        Self { why: error.to_string(), refused }
+    }
+}
+
+impl From<QmpError> for Unreached {
+    fn from(error: QmpError) -> Self {
+        Self { why: error.to_string(), refused: false }
+    }
+}
+
+/// Connects to a hypervisor. `begin`: also makes the launch's calls, with which it begins.
+pub(super) async fn reach(launch: &Launch, begin: bool) -> Result<(Drive, Told), Unreached> {
+    let socket = control_socket(launch);
+    match launch.backend {
+        BackendKind::Qemu => {
+            let (qmp, events) = Qmp::connect(&socket).await?;
+            Ok((Drive::Qemu(qemu::control::Control::new(qmp)), Some(events)))
+        }
+        BackendKind::Firecracker => {
+            let folder = launch.warden.run.join("api");
+            call(&Api::new(&socket), launch, begin).await?;
+            Ok((Drive::Firecracker(firecracker::control::Control::new(&folder)), None))
+        }
+        BackendKind::CloudHypervisor => {
+            call(&Api::new(&socket), launch, begin).await?;
+            Ok((Drive::CloudHypervisor(cloud_hypervisor::control::Control::new(&socket)), None))
+        }
+    }
+}
+
+async fn call(api: &Api, launch: &Launch, begin: bool) -> Result<(), ApiError> {
+    api.await_socket().await?;
+    let calls = if begin { launch.calls.as_slice() } else { &[] };
+    for call in calls {
+        let part = |name: &str| call[name].as_str().unwrap_or_default();
+        let body = call.get("body").unwrap_or(&Value::Null);
+        api.call(part("method"), part("path"), body).await?;
+    }
+    Ok(())
+}
+
+/// Where the hypervisor listens.
+pub(super) fn control_socket(launch: &Launch) -> std::path::PathBuf {
+    let run = &launch.warden.run;
+    match launch.backend {
+        BackendKind::Qemu => run.join("qmp.sock"),
+        BackendKind::Firecracker => firecracker::control::socket(&run.join("api")),
+        BackendKind::CloudHypervisor => run.join("api.sock"),
+    }
+}
+
+impl Drive {
+    /// What is done, and what follows from it where nothing else will tell.
+    pub(super) async fn command(&self, command: Command) -> Result<Option<Seen>, String> {
+        match self {
+            Drive::Qemu(control) => {
+                control.command(command).await.map(|()| None).map_err(|e| e.to_string())
+            }
+            Drive::Firecracker(control) => control.command(command).await,
+            Drive::CloudHypervisor(control) => control.command(command).await,
+        }
+    }
+
+    pub(super) async fn is_paused(&self) -> bool {
+        match self {
+            Drive::Qemu(control) => control.is_paused().await.unwrap_or(false),
+            Drive::Firecracker(control) => control.is_paused().await.unwrap_or(false),
+            Drive::CloudHypervisor(control) => control.is_paused().await.unwrap_or(false),
+        }
+    }
+
+    /// What the disks have carried; nothing where the hypervisor does not answer.
+    pub(super) async fn disk_traffic(&self) -> Traffic {
+        match self {
+            Drive::Qemu(control) => control.disk_traffic().await.unwrap_or_default(),
+            Drive::Firecracker(control) => control.disk_traffic().await.unwrap_or_default(),
+            Drive::CloudHypervisor(control) => control.disk_traffic().await.unwrap_or_default(),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Firecracker and Cloud Hypervisor: the same life over both, in the same jail. Against a simulator
+//! of their interfaces; with the real ones where they are named, as far as their guest can tell.
+
+use std::process::Stdio;
+
+use lodge_vm_tests::lab::command;
+use lodge_vm_tests::{Lab, assets, need};
+use serde_json::Value;
+
+const BOTH: [&str; 2] = ["firecracker", "cloud-hypervisor"];
+
+fn kvm_opens() -> bool {
+    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// An instance that finds both hypervisors in its own folder.
+fn lab() -> Lab {
+    let mut lab = Lab::new();
+    for name in BOTH {
+        let path = lab.home().join(name);
+        std::fs::copy(env!("CARGO_BIN_EXE_vmm-simulator"), &path).unwrap();
+        let variable = format!("LODGE_{}", name.replace('-', "_").to_uppercase());
+        lab.set(&variable, path.to_str().unwrap());
+    }
+    let disk = lab.home().join("disk.img");
+    std::fs::write(&disk, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
+    lab
+}
+
+fn document(lab: &Lab, name: &str, backend: &str, more: &str) -> String {
+    let kernel = assets::kernel();
+    let text = format!(
+        "name: {name}\nbackend: {backend}\naccel: kvm\nmemory: 128MiB\nready: console:GUEST-READY\n\
+         boot: {{kernel: {kernel}, cmdline: 'console=ttyS0 from.the=caller'}}\n{more}"
+    );
+    let file = lab.home().join(format!("{name}.yaml"));
+    std::fs::write(&file, text).unwrap();
+    file.to_string_lossy().into_owned()
+}
+
+fn start(lab: &Lab, name: &str, backend: &str, more: &str) {
+    lab.ok(&["create", &document(lab, name, backend, more)]);
+    lab.ok(&["start", name, "--wait", "ready", "--timeout", "60"]);
+}
+
+fn ticks(lab: &Lab, name: &str) -> u64 {
+    let text = lab.console_text(name);
+    text.lines()
+        .filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok())
+        .next_back()
+        .unwrap_or(0)
+}
+
+#[test]
+fn the_whole_life_over_both() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    for backend in BOTH {
+        let disk = format!(
+            "nics: [{{}}]\ndisks:\n- {{source: {}, layered: true}}\n- {{size: 1MiB}}\n- {{source: {}, read_only: true}}\n",
+            lab.home().join("disk.img").display(),
+            lab.home().join("disk.img").display(),
+        );
+        let name = &backend[..5];
+        start(&lab, name, backend, &disk);
+        let machine = lab.machine(name);
+        assert_eq!((&machine["backend"], &machine["accel"]), (&backend.into(), &"kvm".into()));
+        let text = lab.console_text(name);
+        for part in [
+            "PROBE cmdline: console=ttyS0 from.the=caller",
+            "PROBE disk0: DISK writable=true",
+            "PROBE disk1: \0\0\0\0 writable=true",
+            "PROBE disk2: DISK writable=false",
+            "PROBE taps: 1",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let runs = lab.json(&["inspect", name])["runs"].clone();
+        let held = &runs["confinement"];
+        assert_eq!(held["seccomp_mode"], 2);
+        assert_eq!(held["capabilities"]["CapEff"], "0000000000000000");
+        assert!(held["uid"].as_u64().unwrap() > 60_000);
+        assert!(held["own_namespaces"].as_array().unwrap().iter().any(|n| n == "net"));
+        lab.type_and_see(name, "hello\n", "typed: hello");
+        // It counts, stands still, and goes on where it stood; a new daemon finds it standing.
+        lab.until("ticks", || ticks(&lab, name) > 3);
+        lab.ok(&["pause", name]);
+        let stood = ticks(&lab, name);
+        lab.kill_daemon();
+        assert_eq!(lab.state(name), "paused");
+        assert_eq!(ticks(&lab, name), stood);
+        lab.ok(&["resume", name]);
+        lab.until("ticks again", || ticks(&lab, name) > stood);
+        // What it writes goes to its own copy, which the next start finds.
+        lab.type_and_see(name, "write\n", "written");
+        lab.ok(&["stop", name, "--timeout", "30"]);
+        assert!(!lab.ok(&["events", name]).contains("stop-timed-out"));
+        assert!(lab.console_text(name).contains("guest powers off"));
+        let id = machine["id"].as_str().unwrap();
+        let raw = std::fs::read(lab.home().join(format!("machines/{id}/disk0.raw"))).unwrap();
+        assert_eq!(&raw[512..517], b"WROTE");
+        assert_eq!(std::fs::read(lab.home().join("disk.img")).unwrap()[512], 0);
+        lab.ok(&["start", name, "--wait", "ready"]);
+        lab.ok(&["stop", name, "--force"]);
+        lab.ok(&["rm", name]);
+    }
+    assert!(lab.ok(&["gc", "--dry-run"]).contains("network default"));
+}
+
+#[test]
+fn ends_of_every_kind_are_told_apart() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    for backend in BOTH {
+        let name = &backend[..5];
+        start(&lab, name, backend, "nics: []\n");
+        let end = |typed: &str, state: &str| {
+            // Nobody reads here what it prints.
+            let mut console = lab.command(&["console", name]);
+            console.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut console = console.spawn().unwrap();
+            use std::io::Write;
+            console.stdin.as_mut().unwrap().write_all(typed.as_bytes()).unwrap();
+            lab.until(state, || lab.state(name) == state);
+            lodge_vm_tests::lab::end(console);
+            lab.machine(name)["reason"].clone()
+        };
+        assert_eq!(end("poweroff\n", "stopped"), Value::Null);
+        lab.ok(&["start", name, "--wait", "ready"]);
+        let reason = end("crash\n", "failed");
+        assert!(reason.as_str().unwrap().contains("status 1: Unexpected exit reason"), "{reason}");
+        lab.ok(&["start", name, "--wait", "ready"]);
+        let reason = end("panic\n", "failed");
+        assert_eq!(reason, "Kernel panic - not syncing: simulated");
+        lab.ok(&["start", name, "--wait", "ready"]);
+        lodge_vm_tests::lab::kill(lab.pid_of_hypervisor(name), 9);
+        lab.until("failed", || lab.state(name) == "failed");
+        // A guest that does not listen is ended all the same.
+        lab.ok(&["rm", name]);
+        let deaf = document(&lab, name, backend, "nics: []\n");
+        let text = std::fs::read_to_string(&deaf).unwrap().replace("from.the=caller", "deaf");
+        std::fs::write(&deaf, text).unwrap();
+        lab.ok(&["create", &deaf]);
+        lab.ok(&["start", name, "--wait", "ready"]);
+        lab.ok(&["stop", name, "--timeout", "1"]);
+        assert!(lab.ok(&["events", name]).contains("stop-timed-out"));
+        lab.ok(&["rm", name]);
+    }
+}
+
+#[test]
+fn each_is_told_what_was_asked_or_refuses_it_by_name() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    let limits = "nics:\n- {rx_limit: {bandwidth: 1000000, refill_ms: 100, burst: 5000}, tx_limit: {bandwidth: 1000000, refill_ms: 100, burst: 5000}}\n";
+    start(&lab, "f", "firecracker", limits);
+    let text = lab.console_text("f");
+    assert!(text.contains(r#""rx_rate_limiter":{"bandwidth":{"one_time_burst":5000,"refill_time":100,"size":100000}}"#), "{text}");
+    start(&lab, "c", "cloud-hypervisor", limits);
+    assert!(
+        lab.console_text("c").contains("bw_size=100000,bw_refill_time=100,bw_one_time_burst=5000")
+    );
+    let refused = |name: &str, backend: &str, more: &str| {
+        lab.fails(&["create", &document(&lab, name, backend, more)])
+    };
+    let said = refused("x", "qemu", limits);
+    assert!(said.contains("nics.nic0.rx_limit") && said.contains("qemu"), "{said}");
+    let said = refused("x", "firecracker", "cpus: {count: 1, max: 2}\n");
+    assert!(said.contains("cpus.max: firecracker: firecracker lacks plugging in CPUs"), "{said}");
+    let said = refused("x", "firecracker", "cpus: 3\n");
+    assert!(said.contains("cpus.count: firecracker: 3 CPUs are not 1 or an even number"), "{said}");
+    let said = refused("x", "cloud-hypervisor", "nics: [{tx_limit: {bandwidth: 1}}]\n");
+    assert!(said.contains("nics[0].tx_limit: cloud-hypervisor"), "{said}");
+    let said = refused("x", "cloud-hypervisor", "shares: [{source: /, tag: s}]\n");
+    assert!(
+        said.contains("shares.s: cloud-hypervisor: cloud-hypervisor lacks shared folders"),
+        "{said}"
+    );
+    // Room for more, used while it runs.
+    start(&lab, "grows", "cloud-hypervisor", "nics: []\ncpus: {count: 1, max: 4}\n");
+    lab.ok(&["set", "grows", "--cpus", "3"]);
+    assert!(lab.console_text("grows").contains("resized to 3 134217728"));
+    // The plan says what each of them can, and is what is carried out.
+    let plan = lab.json(&["plan", &document(&lab, "any", "auto", "nics: []\n")]);
+    assert_eq!(plan["chosen"]["backend"], "firecracker");
+    assert_eq!(plan["backends"]["qemu"]["can"], true);
+    let calls = plan["chosen"]["calls"].as_array().unwrap();
+    assert_eq!(calls.last().unwrap()["body"]["action_type"], "InstanceStart");
+    let text = lab.ok(&["plan", &document(&lab, "any", "auto", "nics: []\n")]);
+    assert!(text.contains("firecracker: yes") && text.contains("cloud-hypervisor: yes"), "{text}");
+}
+
+#[test]
+fn a_hypervisor_that_refuses_its_description_leaves_nothing() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    for backend in BOTH {
+        let name = &backend[..5];
+        let file = document(&lab, name, backend, "nics: []\n");
+        let text = std::fs::read_to_string(&file).unwrap().replace("from.the=caller", "refuse");
+        std::fs::write(&file, text).unwrap();
+        lab.ok(&["create", &file]);
+        let said = lab.fails(&["start", name]);
+        assert!(said.contains("the command line is not to its taste"), "{said}");
+        assert_eq!(lab.state(name), "failed");
+        let mut pgrep = command("pgrep");
+        let output = pgrep.args(["-x", "firecracker|cloud-hyperviso"]).stdout(Stdio::piped());
+        let output = output.output().unwrap();
+        let home = lab.home().to_string_lossy().into_owned();
+        for pid in String::from_utf8_lossy(&output.stdout).lines() {
+            let line =
+                std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+            assert!(!line.contains(&home), "{pid} is left");
+        }
+        lab.ok(&["rm", name]);
+    }
+    assert!(lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
+}
+
+#[test]
+fn many_at_once() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    let names: Vec<String> = (0..64).map(|i| format!("m{i}")).collect();
+    for (i, name) in names.iter().enumerate() {
+        lab.ok(&["create", &document(&lab, name, BOTH[i % 2], "nics: []\n")]);
+    }
+    std::thread::scope(|scope| {
+        for chunk in names.chunks(16) {
+            let lab = &lab;
+            scope.spawn(move || {
+                for name in chunk {
+                    lab.ok(&["start", name, "--wait", "ready", "--timeout", "100"]);
+                }
+            });
+        }
+    });
+    let list = lab.json(&["ls"]);
+    assert_eq!(list.as_array().unwrap().len(), 64);
+    let mut args = vec!["rm", "--force"];
+    args.extend(names.iter().map(String::as_str));
+    lab.ok(&args);
+    assert!(lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
+}
