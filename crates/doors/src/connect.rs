@@ -39,6 +39,8 @@ pub struct Settings {
     pub tenants: Tenants,
     /// `auto` or the name of one.
     pub backend: String,
+    /// `auto`, or how guest code is executed.
+    pub accel: String,
     /// Gets a line of JSON for each call that changes something.
     pub audit: Box<dyn Fn(&str) + Send + Sync>,
     /// The VMM that machines are given, for `/_/health`; the error says why there is none.

@@ -10,7 +10,7 @@ use lodge_host::warden::console;
 use lodge_machine::keeper::{Found, detail, summary};
 use lodge_machine::record::Record;
 use lodge_machine::{Keeper, Verb};
-use lodge_spec::machine::{Boot, DiskSource};
+use lodge_spec::machine::{BackendKind, Boot, DiskSource};
 use lodge_spec::names::ImageName;
 use lodge_spec::request::{Refusal, Reply, Request, Target};
 use lodge_spec::state::{Event, State};
@@ -64,7 +64,7 @@ impl Answer {
             Request::Restart { target, timeout_ms } => {
                 self.verb(&target, Verb::Restart, Some(ms(timeout_ms))).await
             }
-            Request::Reset { target } => self.verb(&target, Verb::Reset, None).await,
+            Request::Reset { target } => self.reset(&target).await,
             Request::Pause { target } => self.verb(&target, Verb::Pause, None).await,
             Request::Resume { target } => self.verb(&target, Verb::Resume, None).await,
             Request::Remove { target, force } => {
@@ -173,6 +173,20 @@ impl Answer {
     ) -> Result<Reply, Refusal> {
         let machine = self.keeper.ask(target, verb, timeout).await?;
         Ok(Reply::Summary { machine })
+    }
+
+    /// Presses the reset button; a machine whose hypervisor has none is restarted at once.
+    async fn reset(&self, target: &str) -> Result<Reply, Refusal> {
+        let record = self.record(target)?;
+        let backend = record.running.as_ref().map(|running| running.backend);
+        match backend.filter(|_| record.life.state.is_live()) {
+            Some(BackendKind::Firecracker) => {
+                self.verb(target, Verb::Restart, Some(Duration::ZERO)).await
+            }
+            Some(BackendKind::Qemu | BackendKind::CloudHypervisor) | None => {
+                self.verb(target, Verb::Reset, None).await
+            }
+        }
     }
 
     fn record(&self, target: &str) -> Result<Arc<Record>, Refusal> {

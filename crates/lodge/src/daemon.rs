@@ -108,7 +108,7 @@ async fn take_place(paths: &Paths) -> Result<Store> {
 }
 
 fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings> {
-    let Metald { assets, backend, tenants, audit, .. } = metald;
+    let Metald { assets, backend, accel, tenants, audit, .. } = metald;
     let file = std::fs::File::options().create(true).append(true).open(&audit);
     let file = Mutex::new(file.with_context(|| audit.display().to_string())?);
     let host = host.clone();
@@ -117,6 +117,7 @@ fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings>
         beneath: Box::new(paths::lies_beneath),
         tenants,
         backend,
+        accel,
         audit: Box::new(move |line| {
             // A full disk must not keep machines from being stopped.
             let _ = writeln!(file.lock().expect("not poisoned"), "{line}");

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{Foreign, Quota, Tenants, Token};
 use lodge_host::paths::Paths;
 use lodge_spec::Bytes;
-use lodge_spec::machine::BackendKind;
+use lodge_spec::machine::{Accel, BackendKind};
 use serde::Deserialize;
 
 const DEFAULT_PORT: u16 = 8080;
@@ -32,6 +32,7 @@ struct MetaldFile {
     insecure: bool,
     assets: Option<Vec<PathBuf>>,
     backend: Option<String>,
+    accel: Option<String>,
     /// Callers must say who they are.
     auth: bool,
     /// `dev_customer_<id>` is accepted where callers must say who they are.
@@ -72,6 +73,7 @@ pub(crate) struct Metald {
     pub(crate) listen: Option<SocketAddr>,
     pub(crate) assets: Vec<PathBuf>,
     pub(crate) backend: String,
+    pub(crate) accel: String,
     pub(crate) tenants: Tenants,
     pub(crate) audit: PathBuf,
 }
@@ -139,6 +141,7 @@ fn resolve(
         listen,
         assets,
         backend: backend(file.backend, &variable)?,
+        accel: accel(file.accel)?,
         tenants,
         audit: file.audit.unwrap_or_else(|| paths.state.join("audit.jsonl")),
     })
@@ -182,8 +185,18 @@ fn backend(written: Option<String>, variable: &impl Fn(&str) -> Option<String>) 
     if word == "auto" {
         return Ok(word);
     }
+    // As the older setting spells it.
+    let word = if word == "cloudhypervisor" { "cloud-hypervisor".to_owned() } else { word };
     let known: Result<BackendKind, String> = word.parse();
     known.map(|b| b.to_string()).map_err(|why| anyhow!("{name}: unsupported backend type: {why}"))
+}
+
+fn accel(written: Option<String>) -> Result<String> {
+    let word = written.unwrap_or_else(|| "auto".into());
+    match word == "auto" || word.parse::<Accel>().is_ok() {
+        true => Ok(word),
+        false => bail!("metald.accel: {word:?} is not auto, kvm or tcg"),
+    }
 }
 
 fn digest(text: &str) -> Result<[u8; 32]> {

@@ -50,6 +50,19 @@ impl Lab {
         lab
     }
 
+    /// An instance that finds both small hypervisors in its own folder: the simulator, whose
+    /// program `simulator` is.
+    pub fn with_simulators(simulator: &str) -> Self {
+        let mut lab = Self::new();
+        for name in ["firecracker", "cloud-hypervisor"] {
+            let path = lab.home().join(name);
+            std::fs::copy(simulator, &path).unwrap();
+            let variable = format!("LODGE_{}", name.replace('-', "_").to_uppercase());
+            lab.set(&variable, path.to_str().unwrap());
+        }
+        lab
+    }
+
     /// An instance whose store already holds the image `debian-12`.
     pub fn with_debian() -> Self {
         let lab = Self::new();

@@ -42,7 +42,10 @@ impl Answer {
 impl Server {
     /// `settings`: what stands in `[metald]`.
     pub fn new(settings: &str) -> Self {
-        let lab = Lab::new();
+        Self::of(Lab::new(), settings)
+    }
+
+    pub fn of(lab: Lab, settings: &str) -> Self {
         let folder = lab.home().join("assets");
         std::fs::create_dir(&folder).unwrap();
         std::fs::copy(assets::kernel(), folder.join("vmlinux")).unwrap();

@@ -7,14 +7,14 @@ use std::path::{Component, Path, PathBuf};
 
 use lodge_spec::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, MemoryDraft, MemoryFields, NicDraft,
-    OriginDraft, Size,
+    OriginDraft, RateLimitDraft, Size,
 };
 use lodge_spec::names::MachineId;
 use uuid::Uuid;
 
 use super::proto::vmprovisioner::v1::{
     BootConfig, ConsoleConfig, CpuConfig, IPv4Config, MemoryConfig, NetworkInterface, NetworkMode,
-    StorageDevice, VmConfig,
+    RateLimit, StorageDevice, VmConfig,
 };
 use super::{Beneath, DOOR, Settings};
 
@@ -115,6 +115,7 @@ pub(super) fn translate(
         nics: Some(nics?),
         resolvers: resolvers(&config.network)?,
         backend: Some(settings.backend.clone()),
+        accel: Some(settings.accel.clone()),
         origin: Some(OriginDraft {
             door: Some(DOOR.to_owned()),
             id: Some(vm_id.to_owned()),
@@ -297,19 +298,37 @@ fn nic(i: usize, nic: &NetworkInterface) -> Result<NicDraft, String> {
     if nic.ipv6_config.is_set() {
         return Err(format!("{}: networks here have no IPv6", at("ipv6_config")));
     }
-    for (field, limit) in
-        [("rx_rate_limit", &nic.rx_rate_limit), ("tx_rate_limit", &nic.tx_rate_limit)]
-    {
-        if limit.as_option().is_some_and(|l| l.bandwidth != 0 || l.burst != 0) {
-            return Err(format!("{}: qemu has no rate limits of its own", at(field)));
-        }
-    }
+    let rx_limit = limit(&at("rx_rate_limit"), nic.rx_rate_limit.as_option())?;
+    let tx_limit = limit(&at("tx_rate_limit"), nic.tx_rate_limit.as_option())?;
     let address = match nic.ipv4_config.as_option() {
         Some(ipv4) => address(&at("ipv4_config"), ipv4)?,
         None => None,
     };
     let mac = Some(nic.mac_address.clone()).filter(|mac| !mac.is_empty());
-    Ok(NicDraft { name: Some(format!("nic{i}")), mac, address, ..NicDraft::default() })
+    let name = Some(format!("nic{i}"));
+    Ok(NicDraft { name, mac, address, rx_limit, tx_limit, ..NicDraft::default() })
+}
+
+/// A limit on bytes; one that says nothing is none.
+fn limit(at: &str, limit: Option<&RateLimit>) -> Result<Option<RateLimitDraft>, String> {
+    let Some(RateLimit { bandwidth, refill_time, burst, .. }) = limit else { return Ok(None) };
+    let part = |name: &str, value: i64| {
+        u64::try_from(value).map_err(|_| format!("{at}.{name} must not be negative"))
+    };
+    let (bandwidth, burst) = (part("bandwidth", *bandwidth)?, part("burst", *burst)?);
+    let refill_ms = match part("refill_time", *refill_time)? {
+        0 => 1000,
+        ms => ms,
+    };
+    match (bandwidth, burst) {
+        (0, 0) => Ok(None),
+        (0, _) => Err(format!("{at}: a burst needs a bandwidth")),
+        (_, _) => Ok(Some(RateLimitDraft {
+            bandwidth: Some(Size::Bytes(bandwidth)),
+            refill_ms: Some(refill_ms),
+            burst: Some(Size::Bytes(burst)),
+        })),
+    }
 }
 
 /// The fixed address, if one is asked for. Guests are told all the rest by DHCP.
@@ -394,6 +413,7 @@ mod tests {
             }),
             tenants: Tenants::default(),
             backend: "auto".into(),
+            accel: "auto".into(),
             audit: Box::new(|_| {}),
             health: Box::new(|| Ok(String::new())),
         };
@@ -458,7 +478,7 @@ mod tests {
             (r#"{"network":[{"mode":"NETWORK_MODE_IPV6_ONLY"}]}"#, "no IPv6"),
             (r#"{"network":[{"mode":9}]}"#, "9 is not known"),
             (r#"{"network":[{"tap_device":"tap0"}]}"#, "tap_device"),
-            (r#"{"network":[{"tx_rate_limit":{"bandwidth":1}}]}"#, "tx_rate_limit"),
+            (r#"{"network":[{"tx_rate_limit":{"bandwidth":-1}}]}"#, "tx_rate_limit.bandwidth"),
             (r#"{"network":[{"ipv4_config":{"address":"10.0.2.40","dhcp":true}}]}"#, "exclude"),
             (r#"{"network":[{"ipv4_config":{"gateway":"10.0.2.2"}}]}"#, "needs an address"),
             (

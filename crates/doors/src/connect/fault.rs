@@ -59,9 +59,20 @@ fn in_their_words(problem: &Problem, order: &[usize]) -> Problem {
             let index = index.parse().ok().and_then(|i: usize| order.get(i)).copied().unwrap_or(0);
             format!("storage[{index}]{}", field.replace(".source", ".path"))
         }
-        (None, None) => problem.path.replace("nics[", "network[").replace(".mac", ".mac_address"),
+        (None, None) => {
+            let path = problem.path.replace("nics[", "network[").replace(".mac", ".mac_address");
+            // Devices are also named by the name that their place gave them.
+            let path = named(&path, "disks.disk", "storage");
+            named(&path, "nics.nic", "network").replace("x_limit", "x_rate_limit")
+        }
     };
     Problem { path, message: problem.message.clone() }
+}
+
+fn named(path: &str, ours: &str, theirs: &str) -> String {
+    let Some(rest) = path.strip_prefix(ours) else { return path.to_owned() };
+    let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    format!("{theirs}[{}]{}", &rest[..end], &rest[end..])
 }
 
 #[cfg(test)]
@@ -75,6 +86,8 @@ mod tests {
             ("memory.max", "memory.max_size_bytes"),
             ("nics[1].mac", "network[1].mac_address"),
             ("boot.kernel", "boot.kernel_path"),
+            ("disks.disk3", "storage[3]"),
+            ("nics.nic0.rx_limit", "network[0].rx_rate_limit"),
         ];
         for (ours, theirs) in ours {
             assert_eq!(in_their_words(&Problem::new(ours, "x"), &[2, 0, 1]).path, theirs);

@@ -4,8 +4,9 @@
 use std::process::Stdio;
 
 use lodge_vm_tests::lab::command;
+use lodge_vm_tests::metald::Server;
 use lodge_vm_tests::{Lab, assets, need};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const BOTH: [&str; 2] = ["firecracker", "cloud-hypervisor"];
 
@@ -15,13 +16,7 @@ fn kvm_opens() -> bool {
 
 /// An instance that finds both hypervisors in its own folder.
 fn lab() -> Lab {
-    let mut lab = Lab::new();
-    for name in BOTH {
-        let path = lab.home().join(name);
-        std::fs::copy(env!("CARGO_BIN_EXE_vmm-simulator"), &path).unwrap();
-        let variable = format!("LODGE_{}", name.replace('-', "_").to_uppercase());
-        lab.set(&variable, path.to_str().unwrap());
-    }
+    let lab = Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator"));
     let disk = lab.home().join("disk.img");
     std::fs::write(&disk, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
     lab
@@ -241,4 +236,52 @@ fn many_at_once() {
     args.extend(names.iter().map(String::as_str));
     lab.ok(&args);
     assert!(lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
+}
+
+#[test]
+fn the_connect_door_opens_on_both() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    for backend in BOTH {
+        let lab = Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator"));
+        let settings = format!("backend = '{backend}'\naccel = 'kvm'\n");
+        let server = Server::of(lab, &settings);
+        let id = server.create(|config| {
+            config["boot"]["kernel_args"] = json!("console=ttyS0 from.the=caller");
+            config["network"] = json!([{"id": "eth0",
+                "rx_rate_limit": {"bandwidth": 1_000_000, "refill_time": 100},
+                "tx_rate_limit": {"bandwidth": 1_000_000, "refill_time": 100}}]);
+        });
+        let by_id = json!({"vm_id": id});
+        server.ok("BootVm", by_id.clone());
+        server.await_console(&id, "PROBE disk0: RRRR writable=true");
+        server.lab.type_and_see(&id, "write\n", "written");
+        let info = server.ok("GetVmInfo", by_id.clone());
+        assert_eq!(info["backendInfo"]["backend_type"], backend);
+        assert_eq!(info["metrics"]["storageStats"]["bytesWritten"], "512", "{info}");
+        assert_eq!(server.ok("PauseVm", by_id.clone())["state"], "VM_STATE_PAUSED");
+        assert_eq!(server.ok("ResumeVm", by_id.clone())["state"], "VM_STATE_RUNNING");
+        let ready = || server.lab.console_text(&id).matches("GUEST-READY").count();
+        let before = ready();
+        assert_eq!(
+            server.ok("RebootVm", json!({"vm_id": id, "force": true}))["state"],
+            "VM_STATE_RUNNING"
+        );
+        server.lab.until("the next boot", || ready() > before);
+        assert_eq!(server.ok("ShutdownVm", by_id.clone())["state"], "VM_STATE_SHUTDOWN");
+        assert!(server.lab.console_text(&id).contains("guest powers off"));
+        let limited = json!({"config": {
+            "cpu": {"vcpu_count": 1, "max_vcpu_count": 4}, "memory": {"size_bytes": 134_217_728},
+            "boot": {"kernel_path": server.asset("vmlinux"), "kernel_args": "console=ttyS0"},
+            "storage": [{"path": server.asset("rootfs.ext4")}],
+        }});
+        let answer = server.call("CreateVm", limited);
+        match backend {
+            "firecracker" => {
+                let (code, message) = answer.error();
+                assert_eq!(code, "invalid_argument");
+                assert!(message.starts_with("cpu.max_vcpu_count: firecracker"), "{message}");
+            }
+            _ => assert_eq!(answer.status, 200),
+        }
+    }
 }
