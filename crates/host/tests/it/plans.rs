@@ -14,11 +14,11 @@ use lodge_spec::document;
 use lodge_spec::machine::{Board, Boot, DiskSource, Machine};
 use lodge_spec::resolve::{Defaults, resolve};
 
-const FAST: KvmFact = KvmFact::Proven { speed: 3_000_000_000, arch_capabilities: true };
+pub(crate) const FAST: KvmFact = KvmFact::Proven { speed: 3_000_000_000, arch_capabilities: true };
 /// A `/dev/kvm` that emulates long mode.
-const SLOW: KvmFact = KvmFact::Proven { speed: 1_726_368, arch_capabilities: false };
+pub(crate) const SLOW: KvmFact = KvmFact::Proven { speed: 1_726_368, arch_capabilities: false };
 
-fn facts(kvm: KvmFact, version: (u32, u32, u32)) -> Facts {
+pub(crate) fn facts(kvm: KvmFact, version: (u32, u32, u32)) -> Facts {
     let set = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<BTreeSet<_>>();
     Facts {
         kvm,
@@ -40,13 +40,13 @@ fn facts(kvm: KvmFact, version: (u32, u32, u32)) -> Facts {
     }
 }
 
-fn machine(text: &str) -> Machine {
+pub(crate) fn machine(text: &str) -> Machine {
     let id = "b8ab5fc1-8576-45ef-bb51-9826b52a4651".parse().unwrap();
     resolve(document::parse(text).unwrap(), Defaults { id }).unwrap()
 }
 
 /// What a host would have for the machine; kernels have a PVH entry unless told otherwise.
-fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
+pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
     let layer = |path: &str, format| Layer { path: path.into(), format, block_device: false };
     let boot = match &machine.boot {
         Boot::Kernel { kernel, initrd, cmdline } => BootFiles::Kernel {

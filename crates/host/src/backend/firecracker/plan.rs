@@ -86,6 +86,11 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
             "no uncompressed kernel could be taken out of this one".into(),
         ));
     }
+    if survey.files_disk.is_some() {
+        // The guest finds the disk by its serial number, and disks here have none.
+        let why = "its disks have no serial number, by which a guest finds its files";
+        list.push(lack("files", why.into()));
+    }
     let networks: std::collections::BTreeSet<_> = machine.nics.iter().map(|n| &n.network).collect();
     if networks.len() > 1 {
         list.push(lack("nics", "all interfaces are on one network".into()));
