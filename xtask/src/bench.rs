@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::bench_door;
 use crate::run::{command, say};
 
 const ROUNDS: usize = 7;
@@ -21,10 +22,10 @@ struct Bench {
     initrd: String,
 }
 
-struct Row {
-    figure: &'static str,
-    measured: String,
-    target: &'static str,
+pub(crate) struct Row {
+    pub(crate) figure: &'static str,
+    pub(crate) measured: String,
+    pub(crate) target: &'static str,
 }
 
 pub(crate) fn bench() -> Result<()> {
@@ -69,13 +70,13 @@ fn newest(dir: &Path, start: &str) -> Option<String> {
     found.into_iter().max().map(|(_, path)| path.to_string_lossy().into_owned())
 }
 
-fn end(mut child: Child) -> Result<()> {
+pub(crate) fn end(mut child: Child) -> Result<()> {
     child.kill()?;
     child.wait()?;
     Ok(())
 }
 
-fn median(mut list: Vec<f64>) -> f64 {
+pub(crate) fn median(mut list: Vec<f64>) -> f64 {
     list.sort_by(f64::total_cmp);
     list[list.len() / 2]
 }
@@ -85,10 +86,40 @@ fn p95(mut list: Vec<f64>) -> f64 {
     list[(list.len() * 95).div_ceil(100) - 1]
 }
 
-fn memory(pid: u32, field: &str, file: &str) -> f64 {
+pub(crate) fn memory(pid: u32, field: &str, file: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     let line = text.lines().filter_map(|l| l.strip_prefix(field));
     line.filter_map(|l| l.split_whitespace().next()?.parse::<f64>().ok()).sum::<f64>() / 1024.0
+}
+
+/// A kernel with a PVH entry that halts: `cli; hlt; jmp` back.
+fn halting_kernel() -> Vec<u8> {
+    const BASE: u64 = 0x10_0000;
+    let (note, code, end) = (176u64, 204u64, 208u64);
+    let mut file = vec![0; end as usize];
+    let mut put = |at: u64, bytes: &[u8]| {
+        file[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    };
+    put(0, b"\x7fELF\x02\x01\x01");
+    // An executable for x86-64; entry, where the segments are described, and two of them.
+    put(16, &[2, 0, 62, 0, 1, 0, 0, 0]);
+    put(24, &(BASE + code).to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 2, 0]);
+    let mut segment = |at: u64, kind: u32, flags: u32, from: u64, size: u64, align: u64| {
+        put(at, &kind.to_le_bytes());
+        put(at + 4, &flags.to_le_bytes());
+        for (i, word) in [from, BASE + from, BASE + from, size, size, align].iter().enumerate() {
+            put(at + 8 + 8 * i as u64, &word.to_le_bytes());
+        }
+    };
+    segment(64, 1, 7, 0, end, 0x1000);
+    segment(120, 4, 4, note, code - note, 4);
+    put(note, &[4, 0, 0, 0, 8, 0, 0, 0, 18, 0, 0, 0]);
+    put(note + 12, b"Xen\0");
+    put(note + 16, &(BASE + code).to_le_bytes());
+    put(code, &[0xfa, 0xf4, 0xeb, 0xfd]);
+    file
 }
 
 impl Bench {
@@ -121,7 +152,11 @@ impl Bench {
     }
 
     fn create(&self, name: &str, nics: &str) -> Result<()> {
-        let (kernel, initrd) = (&self.kernel, &self.initrd);
+        self.create_on(name, nics, &self.kernel)
+    }
+
+    fn create_on(&self, name: &str, nics: &str, kernel: &str) -> Result<()> {
+        let initrd = &self.initrd;
         let text = format!(
             "name: {name}\nmemory: 128MiB\nnics: {nics}\nready: console:GUEST-READY\n\
              boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
@@ -147,6 +182,7 @@ impl Bench {
         rows.extend(self.many()?);
         rows.push(self.ten()?);
         rows.push(self.adoption()?);
+        rows.extend(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);
         Ok(rows)
     }
 
@@ -161,7 +197,7 @@ impl Bench {
             whole.push(self.moment("one", "answers")?);
             let inspected = self.json(&["inspect", "one"])?;
             self.quiet(&["stop", "one", "--force"])?;
-            let (took, child) = self.hand_started(&inspected)?;
+            let (took, child) = self.hand_started(&inspected, &self.unpacked()?)?;
             end(child)?;
             by_hand.push(took);
         }
@@ -172,7 +208,7 @@ impl Bench {
     }
 
     /// Milliseconds until it answers, and the hypervisor, which runs on.
-    fn hand_started(&self, inspected: &Value) -> Result<(f64, Child)> {
+    fn hand_started(&self, inspected: &Value, kernel: &str) -> Result<(f64, Child)> {
         let argv = inspected["runs"]["argv"].as_array().context("arguments")?;
         let argv: Vec<&str> = argv.iter().filter_map(Value::as_str).collect();
         static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -189,7 +225,7 @@ impl Bench {
                 continue;
             }
             let text = match *arg {
-                "/kernel" => self.unpacked()?,
+                "/kernel" => kernel.to_owned(),
                 "/initrd" => self.initrd.clone(),
                 a if a.starts_with("socket,id=qmp") => {
                     format!("socket,id=qmp,path={},server=on,wait=off", socket.display())
@@ -313,9 +349,13 @@ impl Bench {
 
     /// What is added to ten starts at once, over ten by hand at once, against what is added to one.
     fn ten(&self) -> Result<Row> {
+        // Guests that stand still at once: what competes is the starting, not the running.
+        let halts = self.home.join("halts");
+        fs::write(&halts, halting_kernel())?;
+        let kernel = halts.to_string_lossy();
         let names: Vec<String> = (0..10).map(|i| format!("t{i}")).collect();
         for name in &names {
-            self.create(name, "[]")?;
+            self.create_on(name, "[]", &kernel)?;
         }
         let (mut alone, mut by_hand) = (Vec::new(), Vec::new());
         let mut inspected = Value::Null;
@@ -324,7 +364,7 @@ impl Bench {
             alone.push(self.moment("t0", "answers")?);
             inspected = self.json(&["inspect", "t0"])?;
             self.quiet(&["stop", "t0", "--force"])?;
-            let (took, child) = self.hand_started(&inspected)?;
+            let (took, child) = self.hand_started(&inspected, &kernel)?;
             end(child)?;
             by_hand.push(took);
         }
@@ -343,7 +383,8 @@ impl Bench {
             }
             // All run on until the last one answers, as they do under Lodge.
             let started: Result<Vec<(f64, Child)>> = std::thread::scope(|scope| {
-                let started = names.iter().map(|_| scope.spawn(|| self.hand_started(&inspected)));
+                let started =
+                    names.iter().map(|_| scope.spawn(|| self.hand_started(&inspected, &kernel)));
                 let started: Vec<_> = started.collect();
                 started.into_iter().map(|s| s.join().expect("no panic")).collect()
             });

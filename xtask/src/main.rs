@@ -2,6 +2,7 @@
 //! knows nothing about machines.
 
 mod bench;
+mod bench_door;
 mod leftovers;
 #[cfg(feature = "proto")]
 mod proto;

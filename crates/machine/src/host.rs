@@ -37,7 +37,7 @@ pub struct Mark {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
     Seen(Seen),
-    Mark(Mark),
+    Mark(Box<Mark>),
 }
 
 /// Where reports about one machine go. Never blocks; reports after the machine is gone are lost.

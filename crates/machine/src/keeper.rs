@@ -1,13 +1,13 @@
 //! All machines of a host: finds them, creates them, hands requests to their tasks. Holds the
 //! rules that concern more than one machine (names, ports); all others are in `life`.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, RwLock};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use lodge_spec::draft::Draft;
 use lodge_spec::machine::Machine;
-use lodge_spec::names::MachineId;
+use lodge_spec::names::{MachineId, Name};
 use lodge_spec::problem::nearest;
 use lodge_spec::request::{Change, Condition, Page, Refusal};
 use lodge_spec::resolve::{Defaults, resolve};
@@ -54,9 +54,21 @@ pub struct Keeper<H> {
     store: Store,
     machines: RwLock<HashMap<MachineId, Handle>>,
     broken: RwLock<BTreeMap<String, Broken>>,
-    /// One creation at a time, so that a name is checked and taken in one step.
-    creating: tokio::sync::Mutex<()>,
+    /// Identities and names that are being written; nobody else may take them meanwhile.
+    creating: Mutex<HashSet<(MachineId, Name)>>,
     events: broadcast::Sender<Event>,
+}
+
+/// An identity and a name that are being written.
+struct Claim<'a> {
+    creating: &'a Mutex<HashSet<(MachineId, Name)>>,
+    key: (MachineId, Name),
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.creating.lock().expect("not poisoned").remove(&self.key);
+    }
 }
 
 impl<H: Host> Keeper<H> {
@@ -72,7 +84,7 @@ impl<H: Host> Keeper<H> {
             store: store.clone(),
             machines: RwLock::default(),
             broken: RwLock::default(),
-            creating: tokio::sync::Mutex::default(),
+            creating: Mutex::default(),
             events: broadcast::channel(1024).0,
         });
         let mut taken_up = Vec::new();
@@ -130,7 +142,8 @@ impl<H: Host> Keeper<H> {
 
     fn spawn(self: Arc<Self>, record: Record, taken_up: Option<oneshot::Sender<()>>) -> Handle {
         let id = record.machine.id;
-        let published = Published { record: Arc::new(record.clone()), forgotten: false };
+        let record = Arc::new(record);
+        let published = Published { record: record.clone(), forgotten: false };
         let (publish, watch) = watch::channel(published);
         let (own, inbox) = mpsc::unbounded_channel();
         let (sink, reports) = mpsc::unbounded_channel();
@@ -162,8 +175,7 @@ impl<H: Host> Keeper<H> {
         let machine = self.resolve_new(draft)?;
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         self.host.check(&machine).await.map_err(invalid)?;
-        let _one = self.creating.lock().await;
-        self.check_free(&machine)?;
+        let _claim = self.claim(&machine)?;
         let now = now_us();
         let life = Life::new();
         let record = Record { created_us: now, modified_us: now, machine, life, running: None };
@@ -195,24 +207,38 @@ impl<H: Host> Keeper<H> {
         resolve(draft, Defaults { id }).map_err(|p| Refusal::Invalid { problems: p.0 })
     }
 
-    fn check_free(&self, machine: &Machine) -> Result<(), Refusal> {
+    /// Takes a machine's identity and name, until the claim is dropped or the machine is there.
+    fn claim(&self, machine: &Machine) -> Result<Claim<'_>, Refusal> {
         let taken = |what: &str, value: String, holder: String| {
             Err(Refusal::Taken { what: what.into(), value, holder })
         };
-        for record in self.records() {
-            if record.machine.id == machine.id {
-                let holder = format!("machine {}", record.machine.name);
-                return taken("the identity", machine.id.to_string(), holder);
-            }
-            if record.machine.name == machine.name {
-                let holder = format!("machine {}", record.machine.id);
-                return taken("the name", machine.name.to_string(), holder);
-            }
+        // Held throughout, so that two who want the same do not both find it free.
+        let mut creating = self.creating.lock().expect("not poisoned");
+        let another = || "a machine that is being created".to_owned();
+        if creating.iter().any(|(id, _)| *id == machine.id) {
+            return taken("the identity", machine.id.to_string(), another());
+        }
+        if creating.iter().any(|(_, name)| *name == machine.name) {
+            return taken("the name", machine.name.to_string(), another());
+        }
+        let machines = self.machines.read().expect("not poisoned");
+        if let Some(handle) = machines.get(&machine.id) {
+            let holder = format!("machine {}", handle.record().machine.name);
+            return taken("the identity", machine.id.to_string(), holder);
+        }
+        let named = |h: &&Handle| h.published.borrow().record.machine.name == machine.name;
+        if let Some(handle) = machines.values().find(named) {
+            let holder = format!("machine {}", handle.record().machine.id);
+            return taken("the name", machine.name.to_string(), holder);
         }
         let broken = self.broken.read().expect("not poisoned");
         match broken.values().find(|b| b.row.name == machine.name.as_str()) {
             Some(b) => taken("the name", b.row.name.clone(), "a broken record".into()),
-            None => Ok(()),
+            None => {
+                let key = (machine.id, machine.name.clone());
+                creating.insert(key.clone());
+                Ok(Claim { creating: &self.creating, key })
+            }
         }
     }
 

@@ -37,7 +37,7 @@ pub(crate) enum Message {
         machine: Box<Machine>,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
-    LaunchDone(Result<Running, String>),
+    LaunchDone(Box<Result<Running, String>>),
     /// A timer of the given generation has run out.
     Timer(u64, Seen),
 }
@@ -45,7 +45,8 @@ pub(crate) enum Message {
 pub(crate) struct Task<H> {
     pub(crate) host: Arc<H>,
     pub(crate) store: Store,
-    pub(crate) record: Record,
+    /// What is published is this very record; it is copied only when it changes.
+    pub(crate) record: Arc<Record>,
     pub(crate) publish: watch::Sender<Published>,
     pub(crate) events: broadcast::Sender<Event>,
     pub(crate) inbox: mpsc::UnboundedReceiver<Message>,
@@ -63,12 +64,7 @@ impl<H: Host> Task<H> {
     /// Runs until the machine is forgotten. A machine that lived before is adopted first.
     pub(crate) async fn run(mut self) {
         if self.record.life.state.is_live() {
-            let machine = Arc::new(self.record.machine.clone());
-            let seen = match self.host.adopt(machine, self.sink.clone()).await {
-                Found::Alive { paused, ready } => Seen::Adopted { paused, ready },
-                Found::Ended(how) => Seen::Exited(how),
-            };
-            if self.saw(seen).await {
+            if Box::pin(self.adopt()).await {
                 return;
             }
         } else if self.record.life.restart_due {
@@ -76,12 +72,13 @@ impl<H: Host> Task<H> {
         }
         drop(self.taken_up.take());
         loop {
+            // Boxed: a task that waits holds nothing of what it does when it is woken.
             let gone = tokio::select! {
-                Some(message) = self.inbox.recv() => self.handle(message).await,
+                Some(message) = self.inbox.recv() => Box::pin(self.handle(message)).await,
                 Some(report) = self.reports.recv() => match report {
-                    Report::Seen(seen) => self.saw(seen).await,
+                    Report::Seen(seen) => Box::pin(self.saw(seen)).await,
                     Report::Mark(mark) => {
-                        self.note(mark).await;
+                        Box::pin(self.note(*mark)).await;
                         false
                     }
                 },
@@ -91,6 +88,19 @@ impl<H: Host> Task<H> {
                 return;
             }
         }
+    }
+
+    fn machine(&self) -> Arc<Machine> {
+        Arc::new(self.record.machine.clone())
+    }
+
+    /// Takes up a hypervisor that an earlier daemon started. True once the machine is forgotten.
+    async fn adopt(&mut self) -> bool {
+        let seen = match self.host.adopt(self.machine(), self.sink.clone()).await {
+            Found::Alive { paused, ready } => Seen::Adopted { paused, ready },
+            Found::Ended(how) => Seen::Exited(how),
+        };
+        self.saw(seen).await
     }
 
     /// True once the machine is forgotten.
@@ -113,15 +123,18 @@ impl<H: Host> Task<H> {
                 let _ = answer.send(self.change(*change, *machine).await);
                 false
             }
-            Message::LaunchDone(Ok(running)) => {
-                if let Boot::Firmware { once, .. } = &mut self.record.machine.boot {
-                    // It was for this boot only.
-                    *once = None;
+            Message::LaunchDone(done) => match *done {
+                Ok(running) => {
+                    let record = Arc::make_mut(&mut self.record);
+                    if let Boot::Firmware { once, .. } = &mut record.machine.boot {
+                        // It was for this boot only.
+                        *once = None;
+                    }
+                    record.running = Some(running);
+                    self.saw(Seen::Launched).await
                 }
-                self.record.running = Some(running);
-                self.saw(Seen::Launched).await
-            }
-            Message::LaunchDone(Err(reason)) => self.saw(Seen::LaunchFailed(reason)).await,
+                Err(reason) => self.saw(Seen::LaunchFailed(reason)).await,
+            },
             Message::Timer(generation, seen) if generation == self.timers => self.saw(seen).await,
             Message::Timer(_, _) => false,
         }
@@ -158,9 +171,9 @@ impl<H: Host> Task<H> {
             // Whatever was timed belongs to the state that ends here.
             self.timers += 1;
         }
-        let before = std::mem::replace(&mut self.record.life, next);
+        let before = std::mem::replace(&mut Arc::make_mut(&mut self.record).life, next);
         if let Err(error) = self.persist(event.into_iter().collect()).await {
-            self.record.life = before;
+            Arc::make_mut(&mut self.record).life = before;
             return (Err(Refusal::failed(error)), false);
         }
         self.publish(false);
@@ -184,18 +197,18 @@ impl<H: Host> Task<H> {
         let command = match action {
             Action::Launch => {
                 let (host, own) = (self.host.clone(), self.own.clone());
-                let machine = Arc::new(self.record.machine.clone());
+                let machine = self.machine();
                 // Reports of the launch before are not about this one.
                 let (sink, reports) = mpsc::unbounded_channel();
                 (self.sink, self.reports) = (sink.clone(), reports);
                 tokio::spawn(async move {
                     let result = host.launch(machine, sink).await;
-                    let _ = own.send(Message::LaunchDone(result));
+                    let _ = own.send(Message::LaunchDone(Box::new(result)));
                 });
                 return Ok(());
             }
             Action::Release => {
-                self.host.release(Arc::new(self.record.machine.clone())).await;
+                self.host.release(self.machine()).await;
                 return Ok(());
             }
             Action::ArmStopTimer => {
@@ -222,7 +235,7 @@ impl<H: Host> Task<H> {
             let machine = Arc::new(machine.clone());
             self.host.change(machine, change.clone()).await.map_err(Refusal::failed)?;
         }
-        self.record.machine = machine;
+        Arc::make_mut(&mut self.record).machine = machine;
         let detail = serde_json::to_string(&change).unwrap_or_default();
         self.persist(vec![("changed".into(), detail)]).await.map_err(Refusal::failed)?;
         self.publish(false);
@@ -259,7 +272,7 @@ impl<H: Host> Task<H> {
 
     async fn persist(&mut self, events: Vec<(String, String)>) -> Result<(), StoreError> {
         let now = now_us();
-        self.record.modified_us = now;
+        Arc::make_mut(&mut self.record).modified_us = now;
         let row = Row {
             id: self.record.machine.id.to_string(),
             name: self.record.machine.name.to_string(),
@@ -278,7 +291,7 @@ impl<H: Host> Task<H> {
     }
 
     fn publish(&self, forgotten: bool) {
-        self.publish.send_replace(Published { record: Arc::new(self.record.clone()), forgotten });
+        self.publish.send_replace(Published { record: self.record.clone(), forgotten });
     }
 
     fn arm(&mut self, wait: Duration, seen: Seen) {

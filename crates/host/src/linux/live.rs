@@ -42,7 +42,7 @@ pub(super) struct Live {
 pub(super) fn mark(sink: &Sink, kind: &str, detail: &str) {
     let at_us = Some(lodge_machine::store::now_us());
     let mark = Mark { kind: kind.to_owned(), detail: detail.to_owned(), at_us };
-    let _ = sink.send(Report::Mark(mark));
+    let _ = sink.send(Report::Mark(Box::new(mark)));
 }
 
 /// A conversation with a warden.
@@ -228,7 +228,7 @@ fn report(sink: &Sink, tell: Tell) {
         Tell::Ready { .. } => Report::Seen(Seen::Ready),
         Tell::Panic { line } => Report::Seen(Seen::Panicked(line)),
         Tell::Mark { kind, detail, at_us } => {
-            Report::Mark(Mark { kind, detail, at_us: Some(at_us) })
+            Report::Mark(Box::new(Mark { kind, detail, at_us: Some(at_us) }))
         }
         Tell::Exited(exit) => {
             for line in &exit.stderr {

@@ -137,7 +137,7 @@ fn cases_14_to_18_the_life_of_a_machine_is_truthful() {
 fn a_guest_that_hears_its_power_button_is_asked_and_waited_for() {
     let server = Server::new("");
     let quiet = lodge_vm_tests::assets::guest(
-        "echo GUEST-READY\nfor e in /dev/input/event*; do head -c 24 $e >/dev/null && poweroff -f & done\nsh\n",
+        "for e in /dev/input/event*; do head -c 24 $e >/dev/null && poweroff -f & done\nsleep 1\necho GUEST-READY\nsh\n",
     );
     std::fs::copy(quiet, server.asset("initrd.img")).unwrap();
     let id = server.create(|config| {
