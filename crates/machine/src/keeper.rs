@@ -146,7 +146,6 @@ impl<H: Host> Keeper<H> {
         let published = Published { record: record.clone(), forgotten: false };
         let (publish, watch) = watch::channel(published);
         let (own, inbox) = mpsc::unbounded_channel();
-        let (sink, reports) = mpsc::unbounded_channel();
         let handle = Handle { inbox: own.clone(), published: watch };
         self.machines.write().expect("not poisoned").insert(id, handle.clone());
         let task = Task {
@@ -157,8 +156,7 @@ impl<H: Host> Keeper<H> {
             events: self.events.clone(),
             inbox,
             own,
-            reports,
-            sink,
+            reports: None,
             stop_timeout: STOP_TIMEOUT,
             timers: 0,
             taken_up,

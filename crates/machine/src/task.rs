@@ -39,7 +39,7 @@ pub(crate) enum Message {
     },
     LaunchDone(Box<Result<Running, String>>),
     /// A timer of the given generation has run out.
-    Timer(u64, Seen),
+    Timer(u64, Box<Seen>),
 }
 
 pub(crate) struct Task<H> {
@@ -51,8 +51,8 @@ pub(crate) struct Task<H> {
     pub(crate) events: broadcast::Sender<Event>,
     pub(crate) inbox: mpsc::UnboundedReceiver<Message>,
     pub(crate) own: mpsc::UnboundedSender<Message>,
-    pub(crate) reports: mpsc::UnboundedReceiver<Report>,
-    pub(crate) sink: Sink,
+    /// Only where a hypervisor may report.
+    pub(crate) reports: Option<mpsc::UnboundedReceiver<Report>>,
     pub(crate) stop_timeout: Duration,
     /// Timers of earlier generations are void.
     pub(crate) timers: u64,
@@ -75,7 +75,7 @@ impl<H: Host> Task<H> {
             // Boxed: a task that waits holds nothing of what it does when it is woken.
             let gone = tokio::select! {
                 Some(message) = self.inbox.recv() => Box::pin(self.handle(message)).await,
-                Some(report) = self.reports.recv() => match report {
+                Some(report) = next(&mut self.reports) => match report {
                     Report::Seen(seen) => Box::pin(self.saw(seen)).await,
                     Report::Mark(mark) => {
                         Box::pin(self.note(*mark)).await;
@@ -90,13 +90,21 @@ impl<H: Host> Task<H> {
         }
     }
 
+    /// Where the hypervisor that is to come reports; what one before still says is not heard.
+    fn listen(&mut self) -> Sink {
+        let (sink, reports) = mpsc::unbounded_channel();
+        self.reports = Some(reports);
+        sink
+    }
+
     fn machine(&self) -> Arc<Machine> {
         Arc::new(self.record.machine.clone())
     }
 
     /// Takes up a hypervisor that an earlier daemon started. True once the machine is forgotten.
     async fn adopt(&mut self) -> bool {
-        let seen = match self.host.adopt(self.machine(), self.sink.clone()).await {
+        let sink = self.listen();
+        let seen = match self.host.adopt(self.machine(), sink).await {
             Found::Alive { paused, ready } => Seen::Adopted { paused, ready },
             Found::Ended(how) => Seen::Exited(how),
         };
@@ -135,7 +143,7 @@ impl<H: Host> Task<H> {
                 }
                 Err(reason) => self.saw(Seen::LaunchFailed(reason)).await,
             },
-            Message::Timer(generation, seen) if generation == self.timers => self.saw(seen).await,
+            Message::Timer(generation, seen) if generation == self.timers => self.saw(*seen).await,
             Message::Timer(_, _) => false,
         }
     }
@@ -198,9 +206,7 @@ impl<H: Host> Task<H> {
             Action::Launch => {
                 let (host, own) = (self.host.clone(), self.own.clone());
                 let machine = self.machine();
-                // Reports of the launch before are not about this one.
-                let (sink, reports) = mpsc::unbounded_channel();
-                (self.sink, self.reports) = (sink.clone(), reports);
+                let sink = self.listen();
                 tokio::spawn(async move {
                     let result = host.launch(machine, sink).await;
                     let _ = own.send(Message::LaunchDone(Box::new(result)));
@@ -299,8 +305,16 @@ impl<H: Host> Task<H> {
         let (own, generation) = (self.own.clone(), self.timers);
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
-            let _ = own.send(Message::Timer(generation, seen));
+            let _ = own.send(Message::Timer(generation, Box::new(seen)));
         });
+    }
+}
+
+/// The next report, if there is anybody to make one.
+async fn next(reports: &mut Option<mpsc::UnboundedReceiver<Report>>) -> Option<Report> {
+    match reports {
+        Some(reports) => reports.recv().await,
+        None => std::future::pending().await,
     }
 }
 
