@@ -15,7 +15,7 @@ mod tenants;
 mod watch;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 pub use http::serve;
 pub use tenants::{Foreign, Quota, Tenants, Token};
@@ -30,6 +30,20 @@ pub const DOOR: &str = "metald";
 /// Folder, path.
 pub type Beneath = dyn Fn(&Path, &Path) -> Result<(), String> + Send + Sync;
 
+/// A call that has ended, for those who trace.
+#[derive(Clone, Debug)]
+pub struct Span {
+    pub method: &'static str,
+    /// The `traceparent` header that came with it.
+    pub parent: Option<String>,
+    pub took: std::time::Duration,
+    /// `ok`, or the code of the error.
+    pub code: &'static str,
+    pub message: Option<String>,
+    pub vm_id: String,
+    pub customer: String,
+}
+
 /// What the door is told when it opens.
 pub struct Settings {
     /// Host paths in requests lie below one of these.
@@ -43,6 +57,8 @@ pub struct Settings {
     pub accel: String,
     /// Gets a line of JSON for each call that changes something.
     pub audit: Box<dyn Fn(&str) + Send + Sync>,
+    /// Gets each call that has ended.
+    pub trace: Box<dyn Fn(Span) + Send + Sync>,
     /// The VMM that machines are given, for `/_/health`; the error says why there is none.
     pub health: Box<dyn Fn() -> Result<String, String> + Send + Sync>,
 }
@@ -50,7 +66,7 @@ pub struct Settings {
 /// An open door. Shared by all its connections.
 pub struct Door<C> {
     control: Arc<C>,
-    settings: Settings,
+    settings: RwLock<Arc<Settings>>,
     metrics: Metrics,
     /// Where quotas are counted, one creation at a time.
     creating: tokio::sync::Mutex<()>,
@@ -59,6 +75,16 @@ pub struct Door<C> {
 impl<C> Door<C> {
     pub fn new(control: Arc<C>, settings: Settings) -> Arc<Self> {
         let (metrics, creating) = (Metrics::default(), tokio::sync::Mutex::default());
+        let settings = RwLock::new(Arc::new(settings));
         Arc::new(Self { control, settings, metrics, creating })
+    }
+
+    /// Puts other settings in force for the calls that come.
+    pub fn set(&self, settings: Settings) {
+        *self.settings.write().expect("not poisoned") = Arc::new(settings);
+    }
+
+    fn settings(&self) -> Arc<Settings> {
+        self.settings.read().expect("not poisoned").clone()
     }
 }

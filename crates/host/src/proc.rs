@@ -3,6 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -104,10 +105,35 @@ impl Tool {
     }
 }
 
-/// Closes every descriptor but the standard streams. To be called before anything is opened.
-pub fn close_inherited() {
+/// Closes every descriptor but the standard streams and those that a service manager has opened
+/// for this process, which are returned. To be called before anything is opened.
+pub fn take_inherited() -> Vec<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    let ours = number("LISTEN_PID") == Some(std::process::id());
+    let count = number("LISTEN_FDS").filter(|_| ours).unwrap_or(0).min(16);
     // SAFETY: at the start of a process nothing in it owns a descriptor above the standard ones.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+    unsafe { libc::syscall(libc::SYS_close_range, 3 + count, u32::MAX, 0) };
+    (0..count as i32)
+        // SAFETY: the manager opened these numbers for this process, and nothing else owns them.
+        .map(|i| unsafe { OwnedFd::from_raw_fd(3 + i) })
+        .filter(|fd| rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).is_ok())
+        .collect()
+}
+
+/// Tells the service manager something, if there is one that wants to know.
+pub fn notify(state: &str) {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_encoded_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    };
+    // A manager that went away wants to know nothing more.
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.send_to_addr(state.as_bytes(), &address);
+    }
 }
 
 /// Ends a process at once. One that has ended already is none to end.

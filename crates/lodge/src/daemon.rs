@@ -2,6 +2,7 @@
 //! its end that a `kill -9` would miss.
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use lodge_spec::request::{Reply, Request};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::answer::Answer;
+use crate::otlp::Exporter;
 use crate::settings::{self, Flags, Metald};
 
 /// A daemon that yields is gone within this.
@@ -28,7 +30,7 @@ const YIELD: Duration = Duration::from_secs(5);
 /// Serves until it is killed. Says `ready` on standard output when it can be asked.
 pub(crate) fn serve(how: &Serve) -> Result<()> {
     // Whoever started us may have left descriptors open that we would hold for ever.
-    lodge_host::proc::close_inherited();
+    let given = lodge_host::proc::take_inherited();
     lodge_host::proc::stay_small();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -36,23 +38,22 @@ pub(crate) fn serve(how: &Serve) -> Result<()> {
         .max_blocking_threads(8)
         .enable_all()
         .build()?;
-    runtime.block_on(run(how))
+    runtime.block_on(run(how, given))
 }
 
-async fn run(how: &Serve) -> Result<()> {
+async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     let paths = Paths::find();
     paths.make().with_context(|| format!("making {}", paths.state.display()))?;
+    let flags = Flags { metald: how.metald.clone(), insecure: how.insecure };
     let metald = match how.unattended {
         true => None,
-        false => {
-            let flags = Flags { metald: how.metald.clone(), insecure: how.insecure };
-            Some(settings::read(&paths, &flags)?)
-        }
+        false => Some(settings::read(&paths, &flags)?),
     };
     // Before anybody has to yield: a port that is taken ends it here.
-    let port = match metald.as_ref().and_then(|m| m.listen) {
-        Some(address) => Some(listen(address).await?),
-        None => None,
+    let port = match (metald.as_ref().and_then(|m| m.listen), given.into_iter().next()) {
+        (Some(_), Some(socket)) => Some(activated(socket)?),
+        (Some(address), None) => Some(listen(address).await?),
+        (None, _) => None,
     };
     let store = match Store::open(&paths.state) {
         Err(StoreError::Locked(_)) if !how.unattended => take_place(&paths).await?,
@@ -71,15 +72,41 @@ async fn run(how: &Serve) -> Result<()> {
     if let (Some(metald), Some(port)) = (metald, port) {
         let at = port.local_addr()?;
         let door = Door::new(answer.clone(), door_settings(metald, &host)?);
+        tokio::spawn(reload(paths.clone(), flags, host.clone(), door.clone()));
         tokio::spawn(connect::serve(port, door));
         let _ = writeln!(std::io::stderr(), "lodge: the Connect door is open at http://{at}");
     }
     let mut stdout = std::io::stdout();
     // Nobody may be reading.
     let _ = writeln!(stdout, "ready").and_then(|()| stdout.flush());
+    lodge_host::proc::notify("READY=1");
     tokio::spawn(async move { host.facts().await.tsc_khz });
     wire::serve(listener, answer).await?;
     Ok(())
+}
+
+/// A socket that the service manager holds for us.
+fn activated(socket: OwnedFd) -> Result<TcpListener> {
+    let listener = std::net::TcpListener::from(socket);
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener).context("the socket from the service manager")
+}
+
+/// Reads the settings anew at each hang-up signal. Connections stay; a mistake changes nothing.
+async fn reload(paths: Paths, flags: Flags, host: Arc<Linux>, door: Arc<Door<Answer>>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    while hangups.recv().await.is_some() {
+        let read = settings::read(&paths, &flags).and_then(|m| door_settings(m, &host));
+        let said = match read {
+            Ok(settings) => {
+                door.set(settings);
+                "the settings were read again".to_owned()
+            }
+            Err(error) => format!("the settings stay as they were: {error:#}"),
+        };
+        let _ = writeln!(std::io::stderr(), "lodge: {said}");
+    }
 }
 
 async fn listen(address: std::net::SocketAddr) -> Result<TcpListener> {
@@ -108,7 +135,8 @@ async fn take_place(paths: &Paths) -> Result<Store> {
 }
 
 fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings> {
-    let Metald { assets, backend, accel, tenants, audit, .. } = metald;
+    let Metald { assets, backend, accel, tenants, audit, traces, .. } = metald;
+    let exporter = traces.map(Exporter::start);
     let file = std::fs::File::options().create(true).append(true).open(&audit);
     let file = Mutex::new(file.with_context(|| audit.display().to_string())?);
     let host = host.clone();
@@ -121,6 +149,11 @@ fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings>
         audit: Box::new(move |line| {
             // A full disk must not keep machines from being stopped.
             let _ = writeln!(file.lock().expect("not poisoned"), "{line}");
+        }),
+        trace: Box::new(move |span| {
+            if let Some(exporter) = &exporter {
+                exporter.take(span);
+            }
         }),
         health: Box::new(move || match host.facts_so_far().map(|facts| &facts.qemu) {
             Some(Ok(_)) => Ok(BackendKind::Qemu.to_string()),

@@ -7,6 +7,7 @@ mod command;
 mod console;
 mod daemon;
 mod doctor;
+mod otlp;
 mod settings;
 
 use std::io::Write;

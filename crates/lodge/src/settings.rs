@@ -43,6 +43,23 @@ struct MetaldFile {
     #[serde(rename = "quota")]
     quotas: BTreeMap<String, QuotaFile>,
     audit: Option<PathBuf>,
+    traces: Option<TracesFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TracesFile {
+    /// `host:port` that takes OTLP over HTTP.
+    endpoint: String,
+    /// Which part of the calls is told, 0 to 1; all where absent.
+    sampling: Option<f64>,
+}
+
+/// Where finished calls are told.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Traces {
+    pub(crate) endpoint: String,
+    pub(crate) sampling: f64,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -68,7 +85,7 @@ struct QuotaFile {
 }
 
 /// The Connect door, as it is to be opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Metald {
     pub(crate) listen: Option<SocketAddr>,
     pub(crate) assets: Vec<PathBuf>,
@@ -76,6 +93,7 @@ pub(crate) struct Metald {
     pub(crate) accel: String,
     pub(crate) tenants: Tenants,
     pub(crate) audit: PathBuf,
+    pub(crate) traces: Option<Traces>,
 }
 
 /// What the command line adds.
@@ -143,6 +161,7 @@ fn resolve(
         backend: backend(file.backend, &variable)?,
         accel: accel(file.accel)?,
         tenants,
+        traces: traces(file.traces, &variable)?,
         audit: file.audit.unwrap_or_else(|| paths.state.join("audit.jsonl")),
     })
 }
@@ -199,6 +218,38 @@ fn accel(written: Option<String>) -> Result<String> {
     }
 }
 
+/// From the file, else from the variables of the older program.
+fn traces(
+    file: Option<TracesFile>,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> Result<Option<Traces>> {
+    let on = variable("UNKEY_METALD_OTEL_ENABLED");
+    let on = match on.as_deref() {
+        None => false,
+        Some(text) => text.parse().map_err(|_| {
+            anyhow!("UNKEY_METALD_OTEL_ENABLED: {text:?} is neither true nor false")
+        })?,
+    };
+    let (name, endpoint, sampling) = match file {
+        Some(TracesFile { endpoint, sampling }) => ("metald.traces.sampling", endpoint, sampling),
+        None if on => {
+            let name = "UNKEY_METALD_OTEL_SAMPLING_RATE";
+            let rate = variable(name).map(|text| {
+                text.parse::<f64>().map_err(|_| anyhow!("{name}: {text:?} is no number"))
+            });
+            let endpoint = variable("UNKEY_METALD_OTEL_ENDPOINT");
+            (name, endpoint.unwrap_or_else(|| "localhost:4318".into()), rate.transpose()?)
+        }
+        None => return Ok(None),
+    };
+    let sampling = sampling.unwrap_or(1.0);
+    if !(0.0..=1.0).contains(&sampling) {
+        bail!("{name}: tracing sampling rate must be between 0.0 and 1.0");
+    }
+    let endpoint = endpoint.trim_start_matches("http://").trim_end_matches('/').to_owned();
+    Ok(Some(Traces { endpoint, sampling }))
+}
+
 fn digest(text: &str) -> Result<[u8; 32]> {
     let mut bytes = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
@@ -245,6 +296,15 @@ mod tests {
             ("", vec![("UNKEY_METALD_PORT", "x")], "UNKEY_METALD_PORT"),
             ("", vec![("UNKEY_METALD_ADDRESS", "0.0.0.0")], "open to other hosts"),
             ("[metald]\nlisten = 'x'", vec![], "metald.listen"),
+            (
+                "",
+                vec![
+                    ("UNKEY_METALD_OTEL_ENABLED", "true"),
+                    ("UNKEY_METALD_OTEL_SAMPLING_RATE", "1.1"),
+                ],
+                "UNKEY_METALD_OTEL_SAMPLING_RATE",
+            ),
+            ("[metald.traces]\nendpoint = 'x:1'\nsampling = 2.0", vec![], "metald.traces.sampling"),
             ("[metald]\nlisten = '[::]:80'", vec![], "open to other hosts"),
             ("[metald]\nassets = ['x']", vec![], "metald.assets"),
             ("[metald]\nport = 1", vec![], "unknown field `port`"),

@@ -59,7 +59,7 @@ impl<C: Control> Door<C> {
             return Err(not_found(vm_id));
         };
         if caller.sees().is_some_and(|customer| customer != origin.owner) {
-            return Err(match self.settings.tenants.foreign {
+            return Err(match self.settings().tenants.foreign {
                 Foreign::NotFound => not_found(vm_id),
                 Foreign::Denied => ConnectError::new(
                     ErrorCode::PermissionDenied,
@@ -112,9 +112,9 @@ impl<C: Control> Door<C> {
                 )));
             }
         };
-        let settings = &self.settings;
+        let settings = self.settings();
         let Translated { draft, order } =
-            create::translate(&mut config, &vm_id, &owner, settings).map_err(invalid)?;
+            create::translate(&mut config, &vm_id, &owner, &settings).map_err(invalid)?;
         let _one = match settings.tenants.quota(&owner) {
             Some(quota) => {
                 let one = self.creating.lock().await;

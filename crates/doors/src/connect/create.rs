@@ -415,6 +415,7 @@ mod tests {
             backend: "auto".into(),
             accel: "auto".into(),
             audit: Box::new(|_| {}),
+            trace: Box::new(|_| {}),
             health: Box::new(|| Ok(String::new())),
         };
         let translated = translate(&mut config, "ud-1", "a", &settings)?;

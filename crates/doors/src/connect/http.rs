@@ -223,7 +223,7 @@ fn lost(path: &str) -> Answer {
 }
 
 fn health<C>(door: &Door<C>) -> Answer {
-    let backend = (door.settings.health)();
+    let backend = (door.settings().health)();
     let at = humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string();
     let (status, code) = match &backend {
         Ok(_) => ("healthy", StatusCode::OK),
@@ -246,7 +246,7 @@ fn health<C>(door: &Door<C>) -> Answer {
 }
 
 async fn metrics<C: Control>(door: &Arc<Door<C>>, headers: &HeaderMap) -> Answer {
-    let caller: Caller = match door.settings.tenants.caller(headers) {
+    let caller: Caller = match door.settings().tenants.caller(headers) {
         Ok(caller) => caller,
         Err(refusal) => {
             let why = refusal.message.unwrap_or_default();

@@ -10,7 +10,6 @@ use connectrpc::dispatcher::{
 };
 use connectrpc::{CodecFormat, ConnectError, Payload, RequestContext, Response};
 
-use super::Door;
 use super::decode;
 use super::proto::lodge::v1::WaitVmRequest;
 use super::proto::vmprovisioner::v1::{
@@ -18,6 +17,7 @@ use super::proto::vmprovisioner::v1::{
     ResumeVmRequest, ShutdownVmRequest,
 };
 use super::tenants::Caller;
+use super::{Door, Span};
 use crate::control::Control;
 
 const SERVICES: [&str; 2] = ["vmprovisioner.v1.VmService", "metal.vmprovisioner.v1.VmService"];
@@ -106,7 +106,7 @@ impl<C: Control> Dispatcher for Methods<C> {
             let method = method.ok_or_else(|| ConnectError::unimplemented("no such method"))?;
             let body = request.encoded()?;
             let begun = Instant::now();
-            let mut about = About::default();
+            let mut about = About::of(&context);
             let result = call(&door, method, &context, &body, format, &mut about).await;
             door.finished(method, begun, &about, result.as_ref().err());
             Ok(Response::new(result?.into()))
@@ -128,7 +128,7 @@ impl<C: Control> Dispatcher for Methods<C> {
             let begun = Instant::now();
             let watched = super::watch::watch(&door, &context, &request, format).await;
             let error = watched.as_ref().err();
-            door.finished(Method::WatchVms, begun, &About::default(), error);
+            door.finished(Method::WatchVms, begun, &About::of(&context), error);
             watched
         })
     }
@@ -159,6 +159,14 @@ impl<C: Control> Dispatcher for Methods<C> {
 struct About {
     customer: String,
     vm_id: String,
+    parent: Option<String>,
+}
+
+impl About {
+    fn of(context: &RequestContext) -> Self {
+        let parent = context.header("traceparent").and_then(|v| v.to_str().ok());
+        Self { parent: parent.map(str::to_owned), ..Self::default() }
+    }
 }
 
 /// The message is read before anybody is asked who they are, so that bad bytes are bad bytes.
@@ -209,7 +217,7 @@ fn admit<C>(
     vm_id: &str,
 ) -> Result<Caller, ConnectError> {
     about.vm_id = vm_id.to_owned();
-    let caller = door.settings.tenants.caller(context.headers())?;
+    let caller = door.settings().tenants.caller(context.headers())?;
     about.customer = caller.name().to_owned();
     Ok(caller)
 }
@@ -222,6 +230,7 @@ impl<C> Door<C> {
         about: &About,
         error: Option<&ConnectError>,
     ) {
+        let settings = self.settings();
         let code = error.map_or("ok", |e| e.code.as_str());
         self.metrics.called(method.name(), code, begun.elapsed());
         if method.mutates() {
@@ -233,7 +242,16 @@ impl<C> Door<C> {
                 "vm_id": about.vm_id,
                 "outcome": code,
             });
-            (self.settings.audit)(&line.to_string());
+            (settings.audit)(&line.to_string());
         }
+        (settings.trace)(Span {
+            method: method.name(),
+            parent: about.parent.clone(),
+            took: begun.elapsed(),
+            code,
+            message: error.and_then(|e| e.message.clone()),
+            vm_id: about.vm_id.clone(),
+            customer: about.customer.clone(),
+        });
     }
 }

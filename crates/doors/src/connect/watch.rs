@@ -30,7 +30,7 @@ pub(super) async fn watch<C: Control>(
     format: CodecFormat,
 ) -> Changes {
     let request: WatchVmsRequest = decode::message(body, format, "WatchVmsRequest")?;
-    let caller = door.settings.tenants.caller(context.headers())?;
+    let caller = door.settings().tenants.caller(context.headers())?;
     let only = match request.vm_id.as_str() {
         "" => None,
         vm_id => Some(door.find(&caller, vm_id).await?.summary.id),
