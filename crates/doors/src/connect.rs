@@ -12,6 +12,7 @@ mod methods;
 pub mod metrics;
 pub mod proto;
 mod tenants;
+pub mod tls;
 mod watch;
 
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{self, Door};
 use lodge_doors::native::grammar::Serve;
 use lodge_doors::native::wire::{self, Client};
@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::answer::Answer;
 use crate::otlp::Exporter;
-use crate::settings::{self, Flags, Metald};
+use crate::settings::{self, Flags, Metald, Tls};
 
 /// A daemon that yields is gone within this.
 const YIELD: Duration = Duration::from_secs(5);
@@ -71,10 +71,12 @@ async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     let answer = Arc::new(Answer::new(keeper, !how.unattended));
     if let (Some(metald), Some(port)) = (metald, port) {
         let at = port.local_addr()?;
+        let tls = metald.tls.as_ref().map(acceptor).transpose()?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let door = Door::new(answer.clone(), door_settings(metald, &host)?);
         tokio::spawn(reload(paths.clone(), flags, host.clone(), door.clone()));
-        tokio::spawn(connect::serve(port, door));
-        let _ = writeln!(std::io::stderr(), "lodge: the Connect door is open at http://{at}");
+        tokio::spawn(connect::serve(port, tls, door));
+        let _ = writeln!(std::io::stderr(), "lodge: the Connect door is open at {scheme}://{at}");
     }
     let mut stdout = std::io::stdout();
     // Nobody may be reading.
@@ -83,6 +85,13 @@ async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     tokio::spawn(async move { host.facts().await.tsc_khz });
     wire::serve(listener, answer).await?;
     Ok(())
+}
+
+fn acceptor(tls: &Tls) -> Result<tokio_rustls::TlsAcceptor> {
+    let read = |path: &Path| std::fs::read(path).with_context(|| path.display().to_string());
+    let client_ca = tls.client_ca.as_deref().map(read).transpose()?;
+    connect::tls::acceptor(&read(&tls.cert)?, &read(&tls.key)?, client_ca.as_deref())
+        .map_err(|why| anyhow!("metald.tls: {why}"))
 }
 
 /// A socket that the service manager holds for us.

@@ -44,6 +44,17 @@ struct MetaldFile {
     quotas: BTreeMap<String, QuotaFile>,
     audit: Option<PathBuf>,
     traces: Option<TracesFile>,
+    tls: Option<Tls>,
+}
+
+/// PEM files.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tls {
+    pub(crate) cert: PathBuf,
+    pub(crate) key: PathBuf,
+    /// Whoever comes shows a certificate of one of these.
+    pub(crate) client_ca: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -94,6 +105,7 @@ pub(crate) struct Metald {
     pub(crate) tenants: Tenants,
     pub(crate) audit: PathBuf,
     pub(crate) traces: Option<Traces>,
+    pub(crate) tls: Option<Tls>,
 }
 
 /// What the command line adds.
@@ -144,10 +156,10 @@ fn resolve(
         quotas,
     };
     let open = listen.is_some_and(|address| !address.ip().is_loopback());
-    if open && !tenants.required && !file.insecure && !flags.insecure {
+    if open && !tenants.required && file.tls.is_none() && !file.insecure && !flags.insecure {
         bail!(
-            "metald.listen: {} is open to other hosts; set `auth = true` with tokens, or say \
-             --insecure",
+            "metald.listen: {} is open to other hosts; set `auth = true` with tokens or `[metald.tls]`, \
+             or say --insecure",
             listen.map(|a| a.to_string()).unwrap_or_default()
         );
     }
@@ -162,6 +174,7 @@ fn resolve(
         accel: accel(file.accel)?,
         tenants,
         traces: traces(file.traces, &variable)?,
+        tls: file.tls,
         audit: file.audit.unwrap_or_else(|| paths.state.join("audit.jsonl")),
     })
 }

@@ -16,6 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
 use tower_service::Service;
 
 use super::Door;
@@ -38,7 +39,11 @@ type Body = Either<Full<Bytes>, ConnectRpcBody>;
 type Answer = Response<Body>;
 
 /// Serves until the listener fails.
-pub async fn serve<C: Control>(listener: TcpListener, door: Arc<Door<C>>) -> io::Result<()> {
+pub async fn serve<C: Control>(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    door: Arc<Door<C>>,
+) -> io::Result<()> {
     let limits =
         Limits::default().with_max_request_body_size(MAX_BODY).with_max_message_size(MAX_BODY);
     let calls = ConnectRpcService::new(Methods(door.clone())).with_limits(limits);
@@ -65,13 +70,22 @@ pub async fn serve<C: Control>(listener: TcpListener, door: Arc<Door<C>>) -> io:
         };
         let _ = stream.set_nodelay(true);
         let (server, door, calls) = (server.clone(), door.clone(), calls.clone());
+        let tls = tls.clone();
         tokio::spawn(async move {
             let service = hyper::service::service_fn(move |request| {
                 let (door, calls) = (door.clone(), calls.clone());
                 async move { Ok::<_, Infallible>(answer(&door, calls, request).await) }
             });
             // A client that breaks off is no fault of ours.
-            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+            match tls {
+                None => drop(server.serve_connection(TokioIo::new(stream), service).await),
+                Some(tls) => {
+                    let shaken = tokio::time::timeout(PATIENCE, tls.accept(stream)).await;
+                    if let Ok(Ok(stream)) = shaken {
+                        drop(server.serve_connection(TokioIo::new(stream), service).await);
+                    }
+                }
+            }
             drop(place);
         });
     }

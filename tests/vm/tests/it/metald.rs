@@ -3,5 +3,6 @@
 mod calls;
 mod clients;
 mod load;
+mod operation;
 mod tenants;
 mod wire;
