@@ -1,9 +1,10 @@
-//! All automation: `cargo xtask check | tidy | vm-test | bench`. Runs programs and looks at files;
+//! All automation: `cargo xtask check | tidy | openapi | vm-test | bench`. Runs programs and looks at files;
 //! knows nothing about machines.
 
 mod bench;
 mod bench_door;
 mod leftovers;
+mod openapi;
 #[cfg(feature = "proto")]
 mod proto;
 mod run;
@@ -20,9 +21,10 @@ fn main() -> ExitCode {
         "tidy" => tidy::tidy(),
         "vm-test" => vm_test(),
         "bench" => bench::bench(),
+        "openapi" => openapi::openapi(false),
         #[cfg(feature = "proto")]
         "proto" => proto::generate(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask check | tidy | vm-test | bench")),
+        _ => Err(anyhow::anyhow!("usage: cargo xtask check | tidy | openapi | vm-test | bench")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -50,6 +52,7 @@ fn check() -> anyhow::Result<()> {
         // The list of known faults is fetched from where this host may not reach.
         Step::optional("deny", "cargo", &["deny", "check", "bans", "licenses", "sources"]),
         Step::call("tidy", tidy::tidy),
+        Step::call("openapi", || openapi::openapi(true)),
         Step::new("tests", "cargo", &test),
     ])
 }

@@ -169,6 +169,7 @@ fn apply(request: &mut CreateVmRequest, written: &Written) -> Result<(), String>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use buffa::Message;
 
     fn read(text: &str) -> Result<CreateVmRequest, String> {
         create(text.as_bytes(), CodecFormat::Json).map_err(|e| e.message.unwrap_or_default())
@@ -188,6 +189,60 @@ mod tests {
             1
         );
         assert!(read(r#"{"config":null,"vm_id":null,"x":[1]}"#).unwrap().config.is_unset());
+    }
+
+    const WHOLE: &str = r#"{"vm_id":"a","config":{"cpu":{"vcpu_count":2,"topology":{"sockets":1}},
+        "memory":{"size_bytes":"134217728","hotplug_size_bytes":0},"boot":{"kernel_path":"/k"},
+        "storage":[{"path":"/a","readonly":true,"options":{"a":"b"}}],
+        "network":[{"mode":1,"ipv4_config":{"dns_servers":["1.1.1.1"]}}],"metadata":{"k":"v"}}}"#;
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+            for format in [CodecFormat::Json, CodecFormat::Proto] {
+                let _ = create(&bytes, format);
+            }
+        }
+
+        /// A sound request with some bytes changed is read or refused in the known words.
+        #[test]
+        fn damaged_requests_are_read_or_refused(
+            changes in proptest::collection::vec((0usize..500, proptest::prelude::any::<u8>()), 1..6),
+        ) {
+            let mut text = WHOLE.as_bytes().to_vec();
+            let binary = read(WHOLE).unwrap().encode_to_vec();
+            let mut message = binary.clone();
+            for (at, byte) in changes {
+                let (length, other) = (text.len(), message.len());
+                text[at % length] = byte;
+                message[at % other] = byte;
+            }
+            for (bytes, format) in [(text, CodecFormat::Json), (message, CodecFormat::Proto)] {
+                if let Err(error) = create(&bytes, format) {
+                    proptest::prop_assert_eq!(error.code, connectrpc::ErrorCode::InvalidArgument);
+                }
+            }
+        }
+
+        /// What is written in one form reads the same in the other.
+        #[test]
+        fn both_forms_say_the_same(
+            id in "[a-z0-9]{0,20}", cpus: i32, bytes: i64, path in "\\PC{0,30}", read_only: bool,
+        ) {
+            let mut request = read(WHOLE).unwrap();
+            request.vm_id = id;
+            let config = request.config.get_or_insert_default();
+            config.cpu.get_or_insert_default().vcpu_count = cpus;
+            config.memory.get_or_insert_default().size_bytes = bytes;
+            config.storage[0].path = path;
+            config.storage[0].read_only = read_only;
+            let json = encode(&request, CodecFormat::Json).unwrap();
+            let proto = encode(&request, CodecFormat::Proto).unwrap();
+            proptest::prop_assert_eq!(&create(&json, CodecFormat::Json).unwrap(), &request);
+            proptest::prop_assert_eq!(&create(&proto, CodecFormat::Proto).unwrap(), &request);
+        }
     }
 
     #[test]

@@ -203,6 +203,48 @@ fn the_guest_sees_what_was_asked_for() {
     assert_eq!(std::fs::read(server.asset("rootfs.ext4")).unwrap()[0], b'R');
 }
 
+/// Each part of a description as a guide would show it, and what its guest makes of it.
+#[test]
+fn every_part_of_a_description_takes_effect() {
+    let server = Server::new("");
+    std::fs::copy(lodge_vm_tests::assets::shell(), server.asset("initrd.img")).unwrap();
+    let id = server.create(|config| {
+        config["cpu"] = json!({"vcpu_count": 2, "max_vcpu_count": 4});
+        config["memory"] = json!({"size_bytes": 268_435_456, "hotplug_size_bytes": 268_435_456});
+        config["storage"] = json!([
+            {"path": server.asset("rootfs.ext4"), "readonly": false, "is_root_device": true},
+            {"path": server.asset("app.ext4"), "readonly": true, "is_root_device": false},
+        ]);
+        config["boot"] = json!({
+            "kernel_path": server.asset("vmlinux"),
+            "kernel_args": "console=ttyS0 quiet reboot=k panic=1 init=/sbin/init",
+            "initrd_path": server.asset("initrd.img"),
+        });
+    });
+    server.ok("BootVm", json!({"vm_id": id}));
+    server.await_console(&id, "GUEST-READY");
+    let sees = |typed: &str, answer: &str| server.lab.type_and_see(&id, typed, answer);
+    sees("echo has-$(nproc)-cpus\n", "has-2-cpus");
+    sees(
+        "echo first-$(head -c 1 /dev/vda)-second-$(head -c 1 /dev/vdb)-$(cat /sys/block/vdb/ro)\n",
+        "first-R-second-A-1",
+    );
+    sees("grep -c init=/sbin/init /proc/cmdline && echo args-seen\n", "args-seen");
+    server.lab.ok(&["set", &id, "--cpus", "4"]);
+    sees(
+        "sleep 2; for c in 2 3; do echo 1 > /sys/devices/system/cpu/cpu$c/online; done; echo now-$(nproc)\n",
+        "now-4",
+    );
+    server.lab.ok(&["set", &id, "--memory", "512MiB"]);
+    sees(
+        "sleep 2; for m in /sys/devices/system/memory/memory*; do grep -q offline $m/state && echo online > $m/state; done; echo more-$(free -m | awk '/Mem/ {print ($2 > 400)}')\n",
+        "more-1",
+    );
+    let info = server.ok("GetVmInfo", json!({"vm_id": id}));
+    assert_eq!(info["config"]["cpu"]["maxVcpuCount"], 4);
+    assert_eq!(info["config"]["memory"]["maxSizeBytes"], "536870912");
+}
+
 #[test]
 fn case_33_pages_are_stable_and_tokens_are_bound() {
     let server = Server::new("");
