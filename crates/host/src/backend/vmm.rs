@@ -3,11 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use lodge_jail::Bind;
+use lodge_jail::{Bind, JailPlan};
 use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{DiskFormat, Step, Survey, Unsupported};
+use crate::backend::{
+    BootFiles, Cgroup, ConsoleEnd, DiskFormat, FIRST_FD, Forward, Listen, Step, Survey, Tap,
+    Unsupported, WardenPlan,
+};
 use crate::elf;
 use crate::facts::{self, Facts, Program};
 use crate::paths::find_program;
@@ -90,8 +93,108 @@ fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
     })
 }
 
+/// What a plan of either begins with.
+pub(crate) struct Prepared {
+    pub(crate) notes: Vec<String>,
+    pub(crate) steps: Vec<Step>,
+    /// How many disks there are: inside the jail `/disks/0` and so on.
+    pub(crate) disks: usize,
+    pub(crate) binds: Vec<Bind>,
+}
+
+/// Raw disks, the files inside the jail and why, unless something is in the way; `lacks` is what
+/// the hypervisor has found itself.
+pub(crate) fn prepare(
+    machine: &Machine,
+    survey: &Survey,
+    facts: &Facts,
+    (backend, vmm): (BackendKind, &VmmFacts),
+    mut lacks: Vec<Unsupported>,
+) -> Result<Prepared, Vec<Unsupported>> {
+    let mut notes = Vec::new();
+    lacks.extend(accel(machine, facts, backend, &mut notes).err());
+    let (steps, files) = match raw_disks(machine, survey, backend) {
+        Ok(raw) if lacks.is_empty() => raw,
+        Ok(_) => return Err(lacks),
+        Err(more) => {
+            lacks.extend(more);
+            return Err(lacks);
+        }
+    };
+    notes.push(format!("{backend} {}: the least that can do it all", vmm.version_text()));
+    let mut binds = code(&vmm.program);
+    binds.push(device("/dev/kvm"));
+    if let BootFiles::Kernel { kernel, initrd, .. } = &survey.boot {
+        binds.push(file(kernel, "/kernel".into(), false));
+        binds.extend(initrd.as_ref().map(|path| file(path, "/initrd".into(), false)));
+    }
+    for (i, path) in files.iter().enumerate() {
+        binds.push(file(path, format!("/disks/{i}"), is_writable(machine, i)));
+    }
+    Ok(Prepared { notes, steps, disks: files.len(), binds })
+}
+
+/// Whether the `i`th disk may be written to; the one with files, behind all, may not.
+pub(crate) fn is_writable(machine: &Machine, i: usize) -> bool {
+    machine.disks.get(i).is_some_and(|disk| !disk.read_only)
+}
+
+/// What a jail of either has; the rest is for its backend to say.
+pub(crate) fn jail(
+    survey: &Survey,
+    vmm: &VmmFacts,
+    argv: Vec<String>,
+    binds: Vec<Bind>,
+) -> JailPlan {
+    JailPlan {
+        program: vmm.program.path.clone(),
+        argv,
+        env: Vec::new(),
+        binds,
+        keep_fds: Vec::new(),
+        uid: survey.uid,
+        gid: survey.uid,
+        stage: survey.run.clone(),
+        cgroups: Vec::new(),
+        status_fd: STATUS,
+        writes_files: false,
+        binds_sockets: false,
+        network: None,
+        terminal: Some(TERMINAL),
+    }
+}
+
+/// Numbers of the descriptors that both are given.
+pub(crate) const TERMINAL: i32 = FIRST_FD;
+const STATUS: i32 = FIRST_FD + 1;
+pub(crate) const API: i32 = FIRST_FD + 2;
+pub(crate) const FIRST_TAP: i32 = FIRST_FD + 10;
+
+pub(crate) fn warden(
+    machine: &Machine,
+    survey: &Survey,
+    facts: &Facts,
+    (sockets, taps): (Vec<Listen>, Vec<Tap>),
+    jail: JailPlan,
+) -> WardenPlan {
+    WardenPlan {
+        id: machine.id.to_string(),
+        name: machine.name.to_string(),
+        run: survey.run.clone(),
+        console_log: survey.state.join("console.log"),
+        console: ConsoleEnd::Terminal(TERMINAL),
+        files: Vec::new(),
+        sockets,
+        taps,
+        ports: Forward::all(machine),
+        ready: survey.ready.clone(),
+        cgroup: Cgroup::of(machine, facts),
+        jail,
+    }
+}
+
 /// KVM, where it was proven or somebody insists; there is nothing else.
-pub(crate) fn accel(
+fn accel(
     machine: &Machine,
     facts: &Facts,
     backend: BackendKind,
@@ -113,7 +216,7 @@ pub(crate) fn accel(
 }
 
 /// The survey's steps with raw disks in place of layers, and a file for each disk.
-pub(crate) fn raw_disks(
+fn raw_disks(
     machine: &Machine,
     survey: &Survey,
     backend: BackendKind,
@@ -171,7 +274,7 @@ pub(crate) fn device(path: &str) -> Bind {
 }
 
 /// The program's own parts.
-pub(crate) fn code(program: &Program) -> Vec<Bind> {
+fn code(program: &Program) -> Vec<Bind> {
     let code = |path: &PathBuf| Bind {
         source: path.clone(),
         target: path.clone(),

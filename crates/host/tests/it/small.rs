@@ -83,15 +83,15 @@ fn firecracker_is_told_call_by_call() {
     binds(
         &launch,
         expect![[r#"
-        /dev/kvm rw /dev/kvm
-        /dev/net/tun rw /dev/net/tun
-        /kernel ro /k
-        /initrd ro /i
-        /disks/0 rw /m/disk0.raw
-        /disks/1 ro /data.img
-        /disks/2 rw /m/disk2.raw
-        /run rw /run/m/api
-    "#]],
+            /dev/kvm rw /dev/kvm
+            /kernel ro /k
+            /initrd ro /i
+            /disks/0 rw /m/disk0.raw
+            /disks/1 ro /data.img
+            /disks/2 rw /m/disk2.raw
+            /dev/net/tun rw /dev/net/tun
+            /run rw /run/m/api
+        "#]],
     );
     let jail = &launch.warden.jail;
     assert_eq!(jail.argv[1..3], ["--api-sock", "/run/api.sock"]);
@@ -111,7 +111,7 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
     let pairs: String =
         jail.argv[1..].chunks(2).map(|pair| format!("{}\n", pair.join(" "))).collect();
     expect![[r#"
-        --api-socket fd=101
+        --api-socket fd=102
         --kernel /kernel
         --initramfs /initrd
         --cmdline console=ttyS0
@@ -129,17 +129,17 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
     binds(
         &launch,
         expect![[r#"
-        /dev/kvm rw /dev/kvm
-        /dev/urandom rw /dev/urandom
-        /kernel ro /k
-        /initrd ro /i
-        /disks/0 rw /m/disk0.raw
-        /disks/1 ro /data.img
-        /disks/2 rw /m/disk2.raw
-    "#]],
+            /dev/kvm rw /dev/kvm
+            /kernel ro /k
+            /initrd ro /i
+            /disks/0 rw /m/disk0.raw
+            /disks/1 ro /data.img
+            /disks/2 rw /m/disk2.raw
+            /dev/urandom rw /dev/urandom
+        "#]],
     );
     assert_eq!((jail.network, jail.terminal, jail.binds_sockets), (None, Some(100), false));
-    assert_eq!(jail.keep_fds, [101, 110]);
+    assert_eq!(jail.keep_fds, [102, 110]);
     assert_eq!(launch.warden.taps[0].opened_by, None);
 }
 

@@ -6,11 +6,8 @@ use lodge_spec::capability::{Feature, needs};
 use lodge_spec::machine::{Accel, BackendKind, Machine, RateLimit};
 use serde_json::json;
 
-use crate::backend::vmm::{self, VmmFacts};
-use crate::backend::{
-    BootFiles, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Listen, Survey, Tap, Unsupported,
-    WardenPlan,
-};
+use crate::backend::vmm::{self, Prepared};
+use crate::backend::{BootFiles, Launch, Listen, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 
 const CLOUD: BackendKind = BackendKind::CloudHypervisor;
@@ -22,30 +19,19 @@ const FEATURES: [Feature; 4] =
 pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch, Vec<Unsupported>> {
     let found = facts.cloud_hypervisor.as_ref();
     let vmm = found.map_err(|why| vec![Unsupported::new("", CLOUD, why)])?;
-    let mut notes = Vec::new();
-    let mut lacks = obstacles(machine, survey, facts);
-    lacks.extend(vmm::accel(machine, facts, CLOUD, &mut notes).err());
-    let (steps, files) = match vmm::raw_disks(machine, survey, CLOUD) {
-        Ok(raw) if lacks.is_empty() => raw,
-        Ok(_) => return Err(lacks),
-        Err(more) => {
-            lacks.extend(more);
-            return Err(lacks);
-        }
-    };
-    notes.push(format!("cloud-hypervisor {}: the least that can do it all", vmm.version_text()));
-    let mut binds = vmm::code(&vmm.program);
-    binds.extend([vmm::device("/dev/kvm"), vmm::device("/dev/urandom")]);
-    if let BootFiles::Kernel { kernel, initrd, .. } = &survey.boot {
-        binds.push(vmm::file(kernel, "/kernel".into(), false));
-        binds.extend(initrd.as_ref().map(|path| vmm::file(path, "/initrd".into(), false)));
-    }
-    for (i, path) in files.iter().enumerate() {
-        let writable = machine.disks.get(i).is_some_and(|disk| !disk.read_only);
-        binds.push(vmm::file(path, format!("/disks/{i}"), writable));
-    }
+    let lacks = obstacles(machine, survey, facts);
+    let prepared = vmm::prepare(machine, survey, facts, (CLOUD, vmm), lacks)?;
+    let Prepared { notes, steps, disks, mut binds } = prepared;
+    binds.push(vmm::device("/dev/urandom"));
+    let tap = |i: usize| Tap::of(machine, survey, vmm::FIRST_TAP + i as i32, i);
+    let taps: Vec<Tap> = (0..machine.nics.len()).map(tap).collect();
+    let mut keep_fds = vec![vmm::API];
+    keep_fds.extend(taps.iter().map(|tap| tap.fd));
+    let argv = arguments(machine, survey, disks);
+    let jail = JailPlan { keep_fds, ..vmm::jail(survey, vmm, argv, binds) };
+    let sockets = vec![Listen { fd: vmm::API, path: survey.run.join("api.sock") }];
+    let warden = vmm::warden(machine, survey, facts, (sockets, taps), jail);
     let calls = vec![json!({"method": "GET", "path": "/api/v1/vm.info"})];
-    let warden = warden(machine, survey, facts, vmm, binds, files.len());
     Ok(Launch { backend: CLOUD, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
 }
 
@@ -84,25 +70,10 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
     list
 }
 
-/// Numbers of the descriptors that it is given.
-struct Numbers {
-    terminal: i32,
-    api: i32,
-    status: i32,
-    first_tap: i32,
-}
-
-const NUMBERS: Numbers = Numbers {
-    terminal: FIRST_FD,
-    api: FIRST_FD + 1,
-    status: FIRST_FD + 2,
-    first_tap: FIRST_FD + 10,
-};
-
 fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
     let mut argv = vec!["cloud-hypervisor".to_owned()];
     let mut add = |option: &str, value: String| argv.extend([option.to_owned(), value]);
-    add("--api-socket", format!("fd={}", NUMBERS.api));
+    add("--api-socket", format!("fd={}", vmm::API));
     if let BootFiles::Kernel { initrd, cmdline, .. } = &survey.boot {
         add("--kernel", "/kernel".into());
         if initrd.is_some() {
@@ -123,8 +94,7 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
         },
     );
     for i in 0..disks {
-        let read_only = machine.disks.get(i).is_none_or(|disk| disk.read_only);
-        let rights = if read_only { ",readonly=on" } else { "" };
+        let rights = if vmm::is_writable(machine, i) { "" } else { ",readonly=on" };
         let serial = machine.disks.get(i).map_or("lodge-files", |disk| disk.serial.as_str());
         add("--disk", format!("path=/disks/{i},id=disk{i},serial={serial}{rights}"));
     }
@@ -136,7 +106,7 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
                 bucket.size, bucket.refill_time, bucket.one_time_burst
             )
         });
-        let fd = NUMBERS.first_tap + i as i32;
+        let fd = vmm::FIRST_TAP + i as i32;
         add("--net", format!("fd={fd},id=nic{i},mac={}{}", nic.mac, limit.unwrap_or_default()));
     }
     add("--rng", "src=/dev/urandom".into());
@@ -144,49 +114,4 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
     add("--serial", "tty".into());
     add("--console", "off".into());
     argv
-}
-
-fn warden(
-    machine: &Machine,
-    survey: &Survey,
-    facts: &Facts,
-    vmm: &VmmFacts,
-    binds: Vec<lodge_jail::Bind>,
-    disks: usize,
-) -> WardenPlan {
-    let taps: Vec<Tap> = (0..machine.nics.len())
-        .map(|i| Tap::of(machine, survey, NUMBERS.first_tap + i as i32, i))
-        .collect();
-    let mut keep_fds = vec![NUMBERS.api];
-    keep_fds.extend(taps.iter().map(|tap| tap.fd));
-    let jail = JailPlan {
-        program: vmm.program.path.clone(),
-        argv: arguments(machine, survey, disks),
-        env: Vec::new(),
-        binds,
-        keep_fds,
-        uid: survey.uid,
-        gid: survey.uid,
-        stage: survey.run.clone(),
-        cgroups: Vec::new(),
-        status_fd: NUMBERS.status,
-        writes_files: false,
-        binds_sockets: false,
-        network: None,
-        terminal: Some(NUMBERS.terminal),
-    };
-    WardenPlan {
-        id: machine.id.to_string(),
-        name: machine.name.to_string(),
-        run: survey.run.clone(),
-        console_log: survey.state.join("console.log"),
-        console: ConsoleEnd::Terminal(NUMBERS.terminal),
-        files: Vec::new(),
-        sockets: vec![Listen { fd: NUMBERS.api, path: survey.run.join("api.sock") }],
-        taps,
-        ports: Forward::all(machine),
-        ready: survey.ready.clone(),
-        cgroup: Cgroup::of(machine, facts),
-        jail,
-    }
 }

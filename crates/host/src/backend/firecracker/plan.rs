@@ -6,11 +6,8 @@ use lodge_spec::capability::{Feature, needs};
 use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde_json::{Value, json};
 
-use crate::backend::vmm::{self, VmmFacts};
-use crate::backend::{
-    BootFiles, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Step, Survey, Tap, Unsupported,
-    WardenPlan,
-};
+use crate::backend::vmm::{self, Prepared};
+use crate::backend::{BootFiles, Launch, Step, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 
 const FIRECRACKER: BackendKind = BackendKind::Firecracker;
@@ -24,38 +21,24 @@ const SOCKET: &str = "/run/api.sock";
 pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch, Vec<Unsupported>> {
     let found = facts.firecracker.as_ref();
     let vmm = found.map_err(|why| vec![Unsupported::new("", FIRECRACKER, why)])?;
-    let mut notes = Vec::new();
-    let mut lacks = obstacles(machine, survey, facts);
-    lacks.extend(vmm::accel(machine, facts, FIRECRACKER, &mut notes).err());
-    let (steps, files) = match vmm::raw_disks(machine, survey, FIRECRACKER) {
-        Ok(raw) if lacks.is_empty() => raw,
-        Ok(_) => return Err(lacks),
-        Err(more) => {
-            lacks.extend(more);
-            return Err(lacks);
-        }
-    };
-    notes.push(format!("firecracker {}: the least that can do it all", vmm.version_text()));
+    let lacks = obstacles(machine, survey, facts);
+    let prepared = vmm::prepare(machine, survey, facts, (FIRECRACKER, vmm), lacks)?;
+    let Prepared { notes, mut steps, disks, mut binds } = prepared;
     let api = survey.run.join("api");
-    let mut steps = steps;
     steps.push(Step::OwnFolder { path: api.clone(), owner: survey.uid });
     let taps = taps(machine, survey);
-    let calls = calls(machine, survey, &files, &taps);
-    let mut binds = vmm::code(&vmm.program);
-    binds.push(vmm::device("/dev/kvm"));
+    let calls = calls(machine, survey, disks, &taps);
     if !taps.is_empty() {
         binds.push(vmm::device("/dev/net/tun"));
     }
-    if let BootFiles::Kernel { kernel, initrd, .. } = &survey.boot {
-        binds.push(vmm::file(kernel, "/kernel".into(), false));
-        binds.extend(initrd.as_ref().map(|path| vmm::file(path, "/initrd".into(), false)));
-    }
-    for (i, path) in files.iter().enumerate() {
-        let writable = machine.disks.get(i).is_some_and(|disk| !disk.read_only);
-        binds.push(vmm::file(path, format!("/disks/{i}"), writable));
-    }
     binds.push(vmm::file(&api, "/run".into(), true));
-    let warden = warden(machine, survey, facts, vmm, binds, taps);
+    let argv = ["firecracker", "--api-sock", SOCKET, "--id", &machine.id.to_string()];
+    let jail = JailPlan {
+        binds_sockets: true,
+        network: taps.first().map(|tap| tap.fd),
+        ..vmm::jail(survey, vmm, argv.map(str::to_owned).into(), binds)
+    };
+    let warden = vmm::warden(machine, survey, facts, (Vec::new(), taps), jail);
     Ok(Launch { backend: FIRECRACKER, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
 }
 
@@ -105,10 +88,9 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
 }
 
 fn taps(machine: &Machine, survey: &Survey) -> Vec<Tap> {
-    let fds = FIRST_FD + 10;
     let tap = |i: usize| Tap {
         opened_by: Some(survey.uid),
-        ..Tap::of(machine, survey, fds + i as i32, i)
+        ..Tap::of(machine, survey, vmm::FIRST_TAP + i as i32, i)
     };
     (0..machine.nics.len()).map(tap).collect()
 }
@@ -118,12 +100,7 @@ fn put(path: impl Into<String>, body: Value) -> Value {
 }
 
 /// The machine as Firecracker is told of it; the last call starts it.
-fn calls(
-    machine: &Machine,
-    survey: &Survey,
-    files: &[std::path::PathBuf],
-    taps: &[Tap],
-) -> Vec<Value> {
+fn calls(machine: &Machine, survey: &Survey, disks: usize, taps: &[Tap]) -> Vec<Value> {
     let mut list = vec![put(
         "/machine-config",
         json!({
@@ -139,8 +116,7 @@ fn calls(
         }
         list.push(put("/boot-source", source));
     }
-    for i in 0..files.len() {
-        let read_only = machine.disks.get(i).is_none_or(|disk| disk.read_only);
+    for i in 0..disks {
         list.push(put(
             format!("/drives/disk{i}"),
             json!({
@@ -148,7 +124,7 @@ fn calls(
                 "path_on_host": format!("/disks/{i}"),
                 // The command line names the root; nothing is to be added to it.
                 "is_root_device": false,
-                "is_read_only": read_only,
+                "is_read_only": !vmm::is_writable(machine, i),
             }),
         ));
     }
@@ -171,46 +147,4 @@ fn calls(
     list.push(put("/metrics", json!({"metrics_path": "/run/metrics"})));
     list.push(put("/actions", json!({"action_type": "InstanceStart"})));
     list
-}
-
-fn warden(
-    machine: &Machine,
-    survey: &Survey,
-    facts: &Facts,
-    vmm: &VmmFacts,
-    binds: Vec<lodge_jail::Bind>,
-    taps: Vec<Tap>,
-) -> WardenPlan {
-    let (terminal, status_fd) = (FIRST_FD, FIRST_FD + 1);
-    let argv = ["firecracker", "--api-sock", SOCKET, "--id", &machine.id.to_string()];
-    let jail = JailPlan {
-        program: vmm.program.path.clone(),
-        argv: argv.map(str::to_owned).into(),
-        env: Vec::new(),
-        binds,
-        keep_fds: Vec::new(),
-        uid: survey.uid,
-        gid: survey.uid,
-        stage: survey.run.clone(),
-        cgroups: Vec::new(),
-        status_fd,
-        writes_files: false,
-        binds_sockets: true,
-        network: taps.first().map(|tap| tap.fd),
-        terminal: Some(terminal),
-    };
-    WardenPlan {
-        id: machine.id.to_string(),
-        name: machine.name.to_string(),
-        run: survey.run.clone(),
-        console_log: survey.state.join("console.log"),
-        console: ConsoleEnd::Terminal(terminal),
-        files: Vec::new(),
-        sockets: Vec::new(),
-        taps,
-        ports: Forward::all(machine),
-        ready: survey.ready.clone(),
-        cgroup: Cgroup::of(machine, facts),
-        jail,
-    }
 }
