@@ -56,7 +56,7 @@ pub struct Draft {
     /// IPv4 addresses of name servers told to the guest; the network's own when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolvers: Option<Vec<String>>,
-    /// What the guest may read about itself.
+    /// What the guest may read about itself: an object in its file `/etc/lodge/metadata.json`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metadata: Option<BTreeMap<String, Scalar>>,
     /// What people note about the machine; the guest does not see it.

@@ -148,7 +148,7 @@ pub fn guest_file_count(machine: &Machine, with_identity: bool) -> usize {
     machine.files.len() + made_files(machine, with_identity).len()
 }
 
-/// The files that nobody wrote: keys and identity, unless the machine brings its own.
+/// The files that nobody wrote: keys, metadata and identity, unless the machine brings its own.
 fn made_files(machine: &Machine, with_identity: bool) -> Vec<(String, u32, Vec<u8>)> {
     let own = |path: &str| machine.files.iter().any(|f| f.path == path);
     let mut list = Vec::new();
@@ -156,6 +156,11 @@ fn made_files(machine: &Machine, with_identity: bool) -> Vec<(String, u32, Vec<u
     if !machine.ssh_keys.is_empty() && !own(keys) {
         let lines: String = machine.ssh_keys.iter().map(|k| format!("{}\n", k.trim())).collect();
         list.push((keys.to_owned(), 0o600, lines.into_bytes()));
+    }
+    let metadata = "/etc/lodge/metadata.json";
+    if !machine.metadata.is_empty() && !own(metadata) {
+        let text = serde_json::to_vec_pretty(&machine.metadata).unwrap_or_default();
+        list.push((metadata.to_owned(), 0o600, text));
     }
     if with_identity && !own("/etc/hostname") {
         let line = format!("{}\n", machine.hostname);

@@ -91,6 +91,11 @@ fn boot(machine: &Shared) {
                 println!("PROBE {name}: {} writable={writable}\r", String::from_utf8_lossy(&first));
             }
             println!("PROBE taps: {}\r", machine.taps.len());
+            if machine.cmdline.contains("escape") {
+                for (way, closed) in lodge_vm_tests::escape::attempts() {
+                    println!("{} {way}\r", if closed { "CLOSED" } else { "OPEN" });
+                }
+            }
             println!("GUEST-READY\r");
         }
         loop {

@@ -156,4 +156,15 @@ fn files_reach_a_guest_that_has_no_disk() {
     let put = format!("/etc/hello={}", file.display());
     lab.boot("a", &initrd, &["--net", "none", "--file", &put]);
     assert!(lab.console_text("a").contains("hello from the host"));
+    let (kernel, initrd) =
+        (assets::kernel(), assets::guest("cat /etc/lodge/metadata.json\necho GUEST-READY\nsh\n"));
+    let text = format!(
+        "name: b\nmemory: 256MiB\nnics: []\nready: console:GUEST-READY\nmetadata: {{role: web, port: 80}}\n\
+         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    lab.ok(&["create", file.to_str().unwrap()]);
+    lab.ok(&["start", "b", "--wait", "ready", "--timeout", "170"]);
+    let said = lab.console_text("b");
+    assert!(said.contains("\"role\": \"web\"") && said.contains("\"port\": 80"), "{said}");
 }

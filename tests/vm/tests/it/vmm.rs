@@ -212,6 +212,25 @@ fn a_hypervisor_that_refuses_its_description_leaves_nothing() {
     assert!(lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
 }
 
+/// In each kind of jail: with a network's namespace and a folder to make a socket in, and without.
+#[test]
+fn no_way_leads_out_of_the_jail() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = lab();
+    for backend in BOTH {
+        let name = &backend[..5];
+        let file = document(&lab, name, backend, "nics: [{}]\ndisks: [{size: 1MiB}]\n");
+        let text = std::fs::read_to_string(&file).unwrap().replace("from.the=caller", "escape");
+        std::fs::write(&file, text).unwrap();
+        lab.ok(&["create", &file]);
+        lab.ok(&["start", name, "--wait", "ready", "--timeout", "60"]);
+        let text = lab.console_text(name);
+        let open: Vec<&str> = text.lines().filter(|line| line.starts_with("OPEN")).collect();
+        assert_eq!(open, Vec::<&str>::new(), "{backend}");
+        assert!(text.lines().filter(|line| line.starts_with("CLOSED")).count() > 30, "{text}");
+    }
+}
+
 #[test]
 fn many_at_once() {
     need!(kvm_opens(), "a /dev/kvm that opens");
