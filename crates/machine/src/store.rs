@@ -86,8 +86,11 @@ impl Store {
             Err(std::fs::TryLockError::Error(e)) => return Err(open(e)),
         }
         let connection = Connection::open(dir.join("lodge.db"))?;
+        // Nobody else opens it, so nothing needs to be shared through a mapped file, which a full
+        // disk would turn into a signal.
         connection.execute_batch(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-512;",
+            "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
+             PRAGMA cache_size=-512;",
         )?;
         connection.execute_batch(SCHEMA)?;
         let (jobs, queue) = mpsc::channel();

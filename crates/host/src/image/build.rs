@@ -116,8 +116,11 @@ impl Images {
                 command.env(proxy, value);
             }
         }
+        // A group of its own: when it fails, it ends its whole group.
+        command.process_group(0);
         command.stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|e| Refusal::failed(tool.start_error(e)))?;
+        let group = Group(child.id());
         let mut lines = AsyncBufReader::new(child.stderr.take().expect("piped")).lines();
         let mut last = Vec::new();
         while let Ok(Some(line)) = lines.next_line().await {
@@ -133,6 +136,7 @@ impl Images {
             }
         }
         let status = child.wait().await.map_err(|e| Refusal::failed(tool.start_error(e)))?;
+        drop(group);
         match status.success() {
             true => Ok(()),
             false => Err(Refusal::failed(format!("mmdebstrap failed: {}", last.join("; ")))),
@@ -174,6 +178,20 @@ impl Images {
         let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs())?;
         part.as_file().write_all(bytes)?;
         self.settle(part, hex(&Sha256::digest(bytes)), bytes.len() as u64)
+    }
+}
+
+/// A process group that ends with whoever holds this: a build that is given up leaves nobody at
+/// work in its tree.
+struct Group(Option<u32>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        use rustix::process::{Pid, Signal, kill_process_group};
+        if let Some(group) = self.0.and_then(|pid| Pid::from_raw(pid as i32)) {
+            // Empty already where the build has ended as it should.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
     }
 }
 

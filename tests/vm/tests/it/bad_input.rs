@@ -108,6 +108,27 @@ fn a_full_disk_leaves_no_half_image() {
 }
 
 #[test]
+fn a_full_disk_in_the_middle_of_a_build_leaves_nothing() {
+    let lab = Lab::new();
+    lab.ok(&["ls"]);
+    let (daemon, cache) = (lab.daemon(), lab.home().join("cache"));
+    let mount = lodge_vm_tests::lab::command("mount")
+        .args(["-t", "tmpfs", "-o", "size=150m", "tmpfs"])
+        .arg(&cache)
+        .status();
+    assert!(mount.unwrap().success());
+    let complaint = lab.fails(&["image", "build", "debian-12"]);
+    let left = std::fs::read_dir(&cache).unwrap().flatten().map(|e| e.file_name());
+    let left: Vec<_> = left.filter(|n| n.to_string_lossy().starts_with("build-")).collect();
+    // What fails ends its whole process group, which must not be the daemon's.
+    let same = lab.daemon() == daemon;
+    let unmount = lodge_vm_tests::lab::command("umount").arg(&cache).status();
+    assert!(unmount.unwrap().success());
+    assert!(complaint.contains("No space left on device"), "{complaint}");
+    assert!(same && left.is_empty(), "{left:?}");
+}
+
+#[test]
 fn foreign_qcow2_files_do_not_name_host_files() {
     let lab = Lab::new();
     let disk = lab.home().join("evil.qcow2");
