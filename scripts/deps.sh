@@ -3,7 +3,9 @@
 set -eu
 missing=""
 for package in "$@"; do
-    if ! dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then
+    # A program that came another way serves as well as the package of its name.
+    if ! command -v "$package" >/dev/null 2>&1 &&
+        ! dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then
         missing="$missing $package"
     fi
 done
