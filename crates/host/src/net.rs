@@ -6,6 +6,7 @@ mod dhcp;
 mod dns;
 pub mod holder;
 pub mod keeper;
+mod names;
 pub mod plan;
 mod setup;
 pub(crate) mod tap;

@@ -29,6 +29,25 @@ fn opens(path: &str, flags: i32) -> bool {
 pub fn attempts() -> Vec<Attempt> {
     let mut list: Vec<Attempt> = Vec::new();
     let mut say = |way, closed| list.push((way, closed));
+    files(&mut say);
+    processes(&mut say);
+    standing(&mut say);
+    kernel(&mut say);
+    threads(&mut say);
+    list
+}
+
+/// A system call by its number.
+///
+/// # Safety
+/// As safe as the call with these arguments.
+unsafe fn call(number: i64, a: u64, b: u64, d: u64) -> bool {
+    // SAFETY: whoever calls answers for the arguments.
+    failed(unsafe { libc::syscall(number, a, b, d, 0u64, 0u64) })
+}
+
+/// Paths that lead to the host, or to places to write in.
+fn files(mut say: impl FnMut(&'static str, bool)) {
     let host = [
         "/etc/passwd",
         "/etc/shadow",
@@ -61,11 +80,13 @@ pub fn attempts() -> Vec<Attempt> {
         unsafe { libc::chdir(c("/..").as_ptr()) };
         !opens("../../../../../../etc/passwd", libc::O_RDONLY)
     });
-    // SAFETY: every call below takes numbers, or pointers to what lives through it; each of them
-    // is refused, or changes only this process, which ends when it has reported.
+}
+
+/// Sockets, processes and programs.
+fn processes(mut say: impl FnMut(&'static str, bool)) {
+    // SAFETY: every call takes numbers, or pointers to what lives through it; each of them is
+    // refused, or changes only this process, which ends when it has reported.
     unsafe {
-        let call =
-            |number, a: u64, b: u64, d: u64| failed(libc::syscall(number, a, b, d, 0u64, 0u64));
         let sockets = [
             libc::AF_INET,
             libc::AF_INET6,
@@ -132,6 +153,14 @@ pub fn attempts() -> Vec<Attempt> {
             let more = libc::rlimit { rlim_cur: 5000, rlim_max: 5000 };
             denied(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const more))
         });
+    }
+}
+
+/// Mounts, devices, users and capabilities.
+fn standing(mut say: impl FnMut(&'static str, bool)) {
+    // SAFETY: every call takes numbers, or pointers to what lives through it; each of them is
+    // refused, or changes only this process, which ends when it has reported.
+    unsafe {
         say(
             "mounts",
             call(libc::SYS_mount, 0, c("/").as_ptr() as u64, 0)
@@ -161,6 +190,14 @@ pub fn attempts() -> Vec<Attempt> {
             call(libc::SYS_capset, 0, 0, 0)
                 && libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, 21, 0, 0) < 0,
         );
+    }
+}
+
+/// Other processes, and the kernel's own doors.
+fn kernel(mut say: impl FnMut(&'static str, bool)) {
+    // SAFETY: every call takes numbers, or pointers to what lives through it; each of them is
+    // refused, or changes only this process, which ends when it has reported.
+    unsafe {
         say(
             "looking into others",
             libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) < 0
@@ -213,6 +250,10 @@ pub fn attempts() -> Vec<Attempt> {
         );
         say("memory shared with others", denied(libc::shmget(1, 4096, libc::IPC_CREAT | 0o600)));
     }
+}
+
+/// More threads than the group has room for.
+fn threads(mut say: impl FnMut(&'static str, bool)) {
     say("more threads than it may have", {
         let mut threads = Vec::new();
         let mut refused = false;
@@ -230,5 +271,4 @@ pub fn attempts() -> Vec<Attempt> {
         }
         refused
     });
-    list
 }

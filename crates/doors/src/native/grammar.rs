@@ -256,7 +256,7 @@ pub struct MachineFlags {
     #[arg(long, value_name = "NAME|none")]
     pub net: Vec<String>,
     /// The hypervisor.
-    #[arg(long, value_name = "auto|qemu")]
+    #[arg(long, value_name = "auto|qemu|firecracker|cloud-hypervisor")]
     pub backend: Option<String>,
     /// How guest code runs.
     #[arg(long, value_name = "auto|kvm|tcg")]

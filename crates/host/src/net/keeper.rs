@@ -12,14 +12,14 @@ use std::time::Duration;
 
 use lodge_spec::machine::Protocol;
 use lodge_spec::names::{Mac, NetName};
-use tokio::net::{TcpStream, UdpSocket, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc};
 
 use super::client::{self, NetAsk, Notice};
 use super::dhcp::{self, Place};
-use super::dns::{self, Verdict};
+use super::names::{World, enter};
 use super::plan::{BRIDGE, NetPlan};
-use super::{setup, tap};
+use super::{dns, names, setup, tap};
 use crate::fdpass::{self, Lines};
 
 /// A network without machines ends after this.
@@ -87,22 +87,26 @@ fn run(dir: PathBuf, plan: NetPlan) -> Result<(), String> {
         Ok::<_, setup::SetupError>(())
     };
     let done = local.block_on(&runtime, setup).map_err(|e| e.to_string());
-    let served = done.and_then(|()| local.block_on(&runtime, serve(&dir, plan.clone(), outside)));
-    if !rootless {
-        enter(&host);
+    let resolvers = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let resolvers = dns::upstream(&resolvers);
+    let namespaces = (!rootless).then_some((host, own));
+    let world = Rc::new(World { namespaces, resolvers });
+    let serving = serve(&dir, plan.clone(), world.clone(), outside);
+    let served = done.and_then(|()| local.block_on(&runtime, serving));
+    if let Some((host, _)) = &world.namespaces {
+        enter(host);
         local.block_on(&runtime, setup::forget_host_side(&plan));
     }
     let _ = std::fs::remove_file(client::socket(&dir));
     served
 }
 
-fn enter(namespace: &std::fs::File) {
-    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-    let kind = Some(LinkNameSpaceType::Network);
-    move_into_link_name_space(namespace.as_fd(), kind).expect("both namespaces are held open");
-}
-
-async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Result<(), String> {
+async fn serve(
+    dir: &Path,
+    plan: NetPlan,
+    world: Rc<World>,
+    outside: std::net::UdpSocket,
+) -> Result<(), String> {
     let text = |what: &'static str| move |e: std::io::Error| format!("{what}: {e}");
     let path = client::socket(dir);
     let _ = std::fs::remove_file(&path);
@@ -110,7 +114,8 @@ async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Resul
     let dhcp = UdpSocket::bind("0.0.0.0:67").await.map_err(text("DHCP"))?;
     dhcp.set_broadcast(true).map_err(text("DHCP"))?;
     dhcp.bind_device(Some(BRIDGE.as_bytes())).map_err(text("DHCP"))?;
-    let names = UdpSocket::bind((plan.names(), 53)).await.map_err(text("names"))?;
+    let udp = UdpSocket::bind((plan.names(), 53)).await.map_err(text("names"))?;
+    let streams = TcpListener::bind((plan.names(), 53)).await.map_err(text("names"))?;
     outside.set_nonblocking(true).map_err(text("names"))?;
     let outside = UdpSocket::from_std(outside).map_err(text("names"))?;
     let network = Rc::new(Network {
@@ -121,7 +126,14 @@ async fn serve(dir: &Path, plan: NetPlan, outside: std::net::UdpSocket) -> Resul
         leaving: Cell::new(false),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
-    tokio::task::spawn_local(serve_names(network.clone(), names, outside));
+    let members = network.clone();
+    let find: names::Find = Rc::new(move |name: &str| {
+        let members = members.members.borrow();
+        let found = members.values().find(|m| m.place.hostname.eq_ignore_ascii_case(name));
+        found.map(|m| m.place.address)
+    });
+    tokio::task::spawn_local(names::serve_tcp(world.clone(), find.clone(), streams));
+    tokio::task::spawn_local(names::serve_udp(world, find, udp, outside));
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "ready");
     let _ = stdout.flush();
@@ -255,49 +267,6 @@ async fn serve_dhcp(network: Rc<Network>, socket: UdpSocket) {
         }) {
             let (notices, address) = member;
             let _ = notices.send(Notice::Leased { address });
-        }
-    }
-}
-
-async fn serve_names(network: Rc<Network>, inside: UdpSocket, outside: UdpSocket) {
-    let resolvers = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let resolvers = dns::upstream(&resolvers);
-    // Questions passed on: our number, their number and address. Bounded by the numbers' width.
-    let mut asked: HashMap<u16, (u16, SocketAddr)> = HashMap::new();
-    let (mut query, mut reply) = ([0; 4096], [0; 4096]);
-    let mut next = 1u16;
-    loop {
-        tokio::select! {
-            received = inside.recv_from(&mut query) => {
-                let Ok((count @ 12.., from)) = received else { continue };
-                let find = |name: &str| {
-                    let members = network.members.borrow();
-                    let found = members.values().find(|m| m.place.hostname.eq_ignore_ascii_case(name));
-                    found.map(|m| m.place.address)
-                };
-                match dns::judge(&query[..count], find) {
-                    Verdict::Answer(answer) => drop(inside.send_to(&answer, from).await),
-                    Verdict::PassOn => {
-                        next = next.wrapping_add(1);
-                        let theirs = u16::from_be_bytes([query[0], query[1]]);
-                        asked.insert(next, (theirs, from));
-                        query[..2].copy_from_slice(&next.to_be_bytes());
-                        for resolver in &resolvers {
-                            let _ = outside.send_to(&query[..count], resolver).await;
-                        }
-                    }
-                    Verdict::Ignore => {}
-                }
-            }
-            received = outside.recv_from(&mut reply) => {
-                let Ok((count @ 12.., from)) = received else { continue };
-                // Only those who were asked may answer, and only once.
-                let number = u16::from_be_bytes([reply[0], reply[1]]);
-                if let Some((theirs, to)) = asked.remove(&number).filter(|_| resolvers.contains(&from)) {
-                    reply[..2].copy_from_slice(&theirs.to_be_bytes());
-                    let _ = inside.send_to(&reply[..count], to).await;
-                }
-            }
         }
     }
 }

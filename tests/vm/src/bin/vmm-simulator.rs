@@ -245,37 +245,11 @@ fn firecracker(args: &[String], machine: &Shared) {
     });
 }
 
-fn firecracker_call(
-    shared: &Shared,
-    verb: &str,
-    path: &str,
-    body: &Value,
-) -> Result<Value, String> {
-    let mut machine = shared.lock().unwrap();
-    let before = |machine: &Machine| match machine.state {
-        State::NotStarted => Ok(()),
-        _ => Err("The requested operation is not supported after starting the microVM.".to_owned()),
-    };
-    let running = |machine: &Machine| match machine.state {
-        State::NotStarted => {
-            Err("The requested operation is not supported before starting the microVM.".to_owned())
-        }
-        _ => Ok(()),
-    };
+/// What the machine is to be; nothing of it can be said once it runs.
+fn describe(machine: &mut Machine, path: &str, body: &Value) -> Result<(), String> {
     let name = path.rsplit('/').next().unwrap_or("");
-    match (verb, path) {
-        ("GET", "/") => {
-            let state = match machine.state {
-                State::NotStarted => "Not started",
-                State::Running => "Running",
-                State::Paused => "Paused",
-            };
-            return Ok(
-                json!({"id": "x", "state": state, "vmm_version": "1.16.1", "app_name": "Firecracker"}),
-            );
-        }
-        ("PUT", "/machine-config") => {
-            before(&machine)?;
+    match path {
+        "/machine-config" => {
             known(body, &["vcpu_count", "mem_size_mib", "smt", "track_dirty_pages", "huge_pages"])?;
             let count = body["vcpu_count"].as_u64().unwrap_or(0);
             if count == 0 || count > 32 || (count > 1 && count % 2 == 1) {
@@ -285,8 +259,7 @@ fn firecracker_call(
                 return Err("The memory size (MiB) is invalid.".into());
             }
         }
-        ("PUT", "/boot-source") => {
-            before(&machine)?;
+        "/boot-source" => {
             known(body, &["kernel_image_path", "initrd_path", "boot_args"])?;
             open_kernel(text(body, "kernel_image_path")?)?;
             if let Some(initrd) = body["initrd_path"].as_str() {
@@ -297,8 +270,7 @@ fn firecracker_call(
                 return Err("the command line is not to its taste".into());
             }
         }
-        ("PUT", p) if p.starts_with("/drives/") => {
-            before(&machine)?;
+        p if p.starts_with("/drives/") => {
             known(
                 body,
                 &[
@@ -322,8 +294,7 @@ fn firecracker_call(
             let file = open_disk(text(body, "path_on_host")?, writable)?;
             machine.disks.push((id.to_owned(), file, writable));
         }
-        ("PUT", p) if p.starts_with("/network-interfaces/") => {
-            before(&machine)?;
+        p if p.starts_with("/network-interfaces/") => {
             known(
                 body,
                 &["iface_id", "guest_mac", "host_dev_name", "rx_rate_limiter", "tx_rate_limiter"],
@@ -337,15 +308,45 @@ fn firecracker_call(
             let tap = open_tap(text(body, "host_dev_name")?)?;
             machine.taps.push(tap);
         }
-        ("PUT", "/entropy") => known(body, &["rate_limiter"])?,
-        ("PUT", "/balloon") => {
-            known(body, &["amount_mib", "deflate_on_oom", "stats_polling_interval_s"])?
-        }
-        ("PUT", "/metrics") => {
-            before(&machine)?;
+        "/entropy" => known(body, &["rate_limiter"])?,
+        "/balloon" => known(body, &["amount_mib", "deflate_on_oom", "stats_polling_interval_s"])?,
+        "/metrics" => {
             known(body, &["metrics_path"])?;
             let open = File::options().create(true).append(true).open(text(body, "metrics_path")?);
             machine.metrics = Some(open.map_err(|e| format!("Cannot initialize metrics: {e}"))?);
+        }
+        _ => return Err(format!("Invalid request method and/or path: PUT {path}.")),
+    }
+    Ok(())
+}
+
+fn firecracker_call(
+    shared: &Shared,
+    verb: &str,
+    path: &str,
+    body: &Value,
+) -> Result<Value, String> {
+    let mut machine = shared.lock().unwrap();
+    let before = |machine: &Machine| match machine.state {
+        State::NotStarted => Ok(()),
+        _ => Err("The requested operation is not supported after starting the microVM.".to_owned()),
+    };
+    let running = |machine: &Machine| match machine.state {
+        State::NotStarted => {
+            Err("The requested operation is not supported before starting the microVM.".to_owned())
+        }
+        _ => Ok(()),
+    };
+    match (verb, path) {
+        ("GET", "/") => {
+            let state = match machine.state {
+                State::NotStarted => "Not started",
+                State::Running => "Running",
+                State::Paused => "Paused",
+            };
+            return Ok(
+                json!({"id": "x", "state": state, "vmm_version": "1.16.1", "app_name": "Firecracker"}),
+            );
         }
         ("PUT", "/actions") => {
             known(body, &["action_type"])?;
@@ -382,6 +383,10 @@ fn firecracker_call(
                 "Resumed" => State::Running,
                 other => return Err(format!("unknown variant `{other}`")),
             };
+        }
+        ("PUT", _) => {
+            before(&machine)?;
+            describe(&mut machine, path, body)?;
         }
         _ => return Err(format!("Invalid request method and/or path: {verb} {path}.")),
     }

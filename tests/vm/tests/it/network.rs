@@ -33,6 +33,11 @@ fn machines_get_addresses_find_each_other_and_are_reached() {
     // Names that nobody has are answered at once, not passed on.
     lab.type_and_see("client", "nslookup nobody.lodge; echo looked-$((1 + 1))\n", "looked-2");
     assert!(lab.console_text("client").contains("NXDOMAIN"));
+    // The same by TCP: a length, a question for `web.lodge`, and the address ends the answer.
+    let question = "\\000\\033\\022\\064\\001\\000\\000\\001\\000\\000\\000\\000\\000\\000\\003web\\005lodge\\000\\000\\001\\000\\001";
+    let ask =
+        format!("printf '{question}' | nc 10.0.2.3 53 | tail -c 4 | od -An -tu1 | tr -s ' '\n");
+    lab.type_and_see("client", &ask, &address.replace('.', " "));
     // Ports belong to the machine: they close with it.
     lab.ok(&["stop", "web", "--force"]);
     assert!(TcpStream::connect("127.0.0.1:18431").is_err());

@@ -125,6 +125,48 @@ fn a_thousand_creations_survive_a_daemon_that_is_killed() {
     assert!(server.lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
 }
 
+/// The store lies on a file system of its own, which is full for a while.
+#[test]
+fn case_40_what_cannot_be_kept_is_not_there() {
+    use lodge_vm_tests::lab::command;
+    let store = tempfile::tempdir().unwrap();
+    let mounted =
+        command("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(store.path()).status();
+    assert!(mounted.unwrap().success());
+    {
+        let lab = lodge_vm_tests::Lab::new();
+        let database = lab.home().join("lodge.db");
+        std::os::unix::fs::symlink(store.path().join("lodge.db"), database).unwrap();
+        let server = Server::of(lab, "");
+        let kept = server.create(|_| {});
+        let filler = store.path().join("filler");
+        let _ = std::fs::write(&filler, vec![1; 2 << 20]);
+        let config = server.good();
+        let mut refused = 0;
+        // What has room already is still taken; then nothing more.
+        for _ in 0..200 {
+            let answer = server.call("CreateVm", json!({"config": config}));
+            if answer.status != 200 {
+                assert_eq!(answer.error().0, "internal");
+                refused += 1;
+            }
+            if refused == 3 {
+                break;
+            }
+        }
+        assert_eq!(refused, 3);
+        let count = || server.ok("ListVms", json!({"page_size": 1000}))["totalCount"].clone();
+        let before = count();
+        std::fs::remove_file(filler).unwrap();
+        server.create(|_| {});
+        assert_eq!(count(), json!(before.as_u64().unwrap() + 1));
+        assert_eq!(server.state(&kept), "VM_STATE_CREATED");
+        assert!(server.lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
+    }
+    let unmounted = command("umount").arg(store.path()).status();
+    assert!(unmounted.unwrap().success());
+}
+
 #[test]
 fn slow_and_half_clients_hold_nobody_up() {
     let server = Server::new("");
