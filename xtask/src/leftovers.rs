@@ -32,6 +32,7 @@ pub(crate) fn look() -> BTreeSet<String> {
         names(&format!("/sys/fs/cgroup/{group}/lodge"), "", "group", &mut found);
     }
     names("/tmp", "lodge-", "folder", &mut found);
+    names("/tmp", "mmdebstrap.", "folder", &mut found);
     found
 }
 

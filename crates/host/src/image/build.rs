@@ -98,8 +98,15 @@ impl Images {
         write_overlay(&late, recipe::LATE, recipe::LINKS).map_err(Refusal::failed)?;
         let all: Vec<&str> =
             recipe::PACKAGES.iter().copied().chain(packages.iter().map(String::as_str)).collect();
-        let mode = if rustix::process::geteuid().is_root() { "root" } else { "unshare" };
-        let tool = Tool::new(program)
+        // Its mounts are in a namespace that ends with it, and its tree is in our scratch; without
+        // root it makes a namespace itself, in which our scratch is not its own.
+        let root = rustix::process::geteuid().is_root();
+        let mode = if root { "root" } else { "unshare" };
+        let tool = match root {
+            true => Tool::new("/usr/bin/unshare").arg("--mount").arg(program).env("TMPDIR", work),
+            false => Tool::new(program),
+        };
+        let tool = tool
             .args([&format!("--mode={mode}"), "--variant=minbase", "--format=tar"])
             .arg(format!("--include={}", all.join(",")))
             .args(["--aptopt=Acquire::Languages \"none\"", "--aptopt=Acquire::Retries \"3\""])
@@ -118,7 +125,7 @@ impl Images {
         }
         // A group of its own: when it fails, it ends its whole group.
         command.process_group(0);
-        command.stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|e| Refusal::failed(tool.start_error(e)))?;
         let group = Group(child.id());
         let mut lines = AsyncBufReader::new(child.stderr.take().expect("piped")).lines();

@@ -221,6 +221,17 @@ fn a_build_that_is_broken_off_leaves_nothing() {
     kill(build.id(), 2);
     assert!(!build.wait().unwrap().success());
     lab.until("the scratch to go", || !scratch());
+    // In the middle of the work, when there are mounts in the tree, as well as at its beginning.
+    let mut build = lab.command(&["image", "build", "debian-12"]);
+    let mut build = build.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let said = std::io::BufReader::new(build.stderr.take().unwrap());
+    let mut lines = std::io::BufRead::lines(said).map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("installing essential")));
+    kill(build.id(), 2);
+    assert!(!build.wait().unwrap().success());
+    lab.until("the scratch to go", || !scratch());
+    let mounted = || std::fs::read_to_string("/proc/self/mounts").unwrap().contains("mmdebstrap");
+    lab.until("the mounts to go", || !mounted());
     assert_eq!(lab.json(&["image", "ls"]), serde_json::json!([]));
     assert_eq!(lab.json(&["gc", "--dry-run"]), serde_json::json!([]));
 }
