@@ -109,6 +109,16 @@ pub(crate) fn file_key(path: &Path) -> io::Result<String> {
     Ok(format!("{dev:x}-{ino:x}-{size:x}-{:x}.{:x}", meta.mtime(), meta.mtime_nsec()))
 }
 
+/// Where a program really is, and the key that what it said of itself is kept under.
+pub(crate) fn identify(program: &Path) -> Result<(PathBuf, String), String> {
+    let identify = || {
+        let path = program.canonicalize()?;
+        let key = format!("{} {}", path.display(), file_key(&path)?);
+        Ok((path, key))
+    };
+    identify().map_err(|e: io::Error| format!("{}: {e}", program.display()))
+}
+
 /// Measures the time stamp counter against the clock.
 fn tsc_khz() -> u64 {
     // SAFETY: reading the counter has no effect; x86-64 always has it.

@@ -42,9 +42,7 @@ impl QemuFacts {
         let path = named.or_else(|| find_program(PROGRAM)).ok_or_else(|| {
             format!("{PROGRAM} is not installed; `apt-get install qemu-system-x86` adds it")
         })?;
-        let path = path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?;
-        let key = facts::file_key(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let key = format!("{} {key}", path.display());
+        let (path, key) = facts::identify(&path)?;
         let cached = cache.join("qemu.json");
         if let Some(found) = facts::load::<Self>(&cached, &key)
             && found.program.files.iter().all(|f| f.exists())

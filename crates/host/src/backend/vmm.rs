@@ -47,10 +47,7 @@ impl VmmFacts {
                  package, take a release from {home}"
             )
         })?;
-        let text = |e: std::io::Error| format!("{}: {e}", path.display());
-        let path = path.canonicalize().map_err(text)?;
-        let text = |e: std::io::Error| format!("{}: {e}", path.display());
-        let key = format!("{} {}", path.display(), facts::file_key(&path).map_err(text)?);
+        let (path, key) = facts::identify(&path)?;
         let cached = cache.join(format!("{backend}.json"));
         if let Some(found) = facts::load::<Self>(&cached, &key) {
             return Ok(found);
@@ -68,7 +65,8 @@ impl VmmFacts {
                 version.1
             ));
         }
-        let files = elf::closure(std::slice::from_ref(&path)).map_err(text)?;
+        let files = elf::closure(std::slice::from_ref(&path))
+            .map_err(|e| format!("{}: {e}", path.display()))?;
         let found = Self { program: Program { path, files }, version };
         facts::save(&cached, &key, &found);
         Ok(found)
