@@ -4,5 +4,6 @@
 pub mod cpio;
 pub mod ext4;
 pub mod kernel;
+pub mod mdata;
 pub mod qcow2;
 pub mod sniff;

@@ -15,6 +15,8 @@ use std::path::PathBuf;
 use lodge_jail::JailPlan;
 use lodge_jail::cgroup::Limits;
 use lodge_spec::capability::Need;
+use lodge_spec::draft::GuardDraft;
+use lodge_spec::extras::{Guard, Lease};
 use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Port, Protocol};
 use lodge_spec::names::Mac;
 use serde::{Deserialize, Serialize};
@@ -90,6 +92,15 @@ pub enum Step {
         path: PathBuf,
         files: usize,
     },
+    /// What the guest may read over its second serial port, for the warden.
+    Mdata {
+        path: PathBuf,
+    },
+    /// The password of the screen, for the hypervisor alone.
+    VncPassword {
+        path: PathBuf,
+        owner: u32,
+    },
 }
 
 impl fmt::Display for Step {
@@ -122,6 +133,8 @@ impl fmt::Display for Step {
             Step::FilesDisk { path, files } => {
                 write!(f, "disk {} with {files} files", path.display())
             }
+            Step::Mdata { path } => write!(f, "metadata {}", path.display()),
+            Step::VncPassword { path, .. } => write!(f, "screen password {}", path.display()),
         }
     }
 }
@@ -138,10 +151,58 @@ pub struct WardenPlan {
     pub sockets: Vec<Listen>,
     pub taps: Vec<Tap>,
     pub ports: Vec<Forward>,
+    pub screen: Option<Screen>,
+    pub mdata: Option<MdataEnd>,
     /// `console:REGEX`, `port:N` or `dhcp`.
     pub ready: Option<String>,
     pub cgroup: Cgroup,
     pub jail: JailPlan,
+}
+
+/// A screen that the hypervisor shows to whoever is handed to it over its second monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Screen {
+    pub monitor: PathBuf,
+    /// Nobody is let in where it is absent.
+    pub at: Option<ScreenPort>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScreenPort {
+    pub address: IpAddr,
+    pub port: u16,
+    /// The port is only where to begin looking for a free one.
+    pub or_next: bool,
+}
+
+impl Screen {
+    /// Where VNC ports of machines that name none begin, and how many there are.
+    const PORTS: (u16, u16) = (20_000, 20_000);
+
+    pub fn of(machine: &Machine, run: &std::path::Path) -> Option<Self> {
+        let display = machine.display.as_ref()?;
+        let at = display.vnc.as_ref().map(|vnc| {
+            let (first, count) = Self::PORTS;
+            let [a, b, ..] = *machine.id.0.as_bytes();
+            let own = first + u16::from_be_bytes([a, b]) % count;
+            let (port, or_next) = if vnc.port == 0 { (own, true) } else { (vnc.port, false) };
+            ScreenPort { address: vnc.address, port, or_next }
+        });
+        Some(Self { monitor: run.join("screen.sock"), at })
+    }
+}
+
+/// The second serial port: the hypervisor's end, and what is told over it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MdataEnd {
+    pub fd: i32,
+    pub file: PathBuf,
+}
+
+impl MdataEnd {
+    pub fn file(run: &std::path::Path) -> PathBuf {
+        run.join("mdata.json")
+    }
 }
 
 /// What the hypervisor sees of its serial console, and under which number.
@@ -176,6 +237,10 @@ pub struct Tap {
     pub network: PathBuf,
     pub mac: Mac,
     pub address: Ipv4Addr,
+    /// Prefix and router, where the address is not of the network's own plan.
+    pub subnet: Option<(u8, Option<Ipv4Addr>)>,
+    pub lease: Lease,
+    pub guard: Option<GuardDraft>,
     /// The name under which neighbours find the machine.
     pub hostname: String,
     /// Name servers to tell the guest in place of the network's own.
@@ -195,6 +260,9 @@ impl Tap {
             network: place.network.clone(),
             mac: nic.mac,
             address: place.address,
+            subnet: nic.subnet.map(|s| (s.prefix, s.gateway)),
+            lease: nic.lease,
+            guard: nic.guard.as_ref().map(Guard::to_draft),
             hostname: machine.hostname.clone(),
             resolvers: machine.resolvers.clone(),
             opened_by: None,

@@ -16,7 +16,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// Lines longer than this end the conversation.
-const MAX_LINE: usize = 1 << 20;
+const MAX_LINE: usize = 8 << 20;
 
 fn send_once(
     socket: BorrowedFd<'_>,

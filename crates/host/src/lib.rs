@@ -8,6 +8,7 @@ mod fdpass;
 pub mod image;
 pub mod kvm;
 pub mod linux;
+mod mdata;
 pub mod net;
 pub mod paths;
 pub mod proc;

@@ -1,6 +1,7 @@
 //! Linux as the machine room sees it: carries out launches, speaks to wardens and hypervisors, and
 //! reports what they do. The one place where the host's parts meet.
 
+mod attend;
 mod drive;
 mod launch;
 mod live;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodge_machine::Store;
+use lodge_machine::store::now_us;
 use lodge_machine::host::{Command, Found, Host, Running, Sink};
 use lodge_spec::machine::Machine;
 use lodge_spec::names::MachineId;
@@ -131,14 +133,21 @@ impl Host for Linux {
         .or(())
     }
 
+    async fn settle(&self, machine: &Machine) -> Result<(), String> {
+        let (paths, machine) = (self.paths.clone(), machine.clone());
+        let work = move || attend::settle(&paths, &machine);
+        tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?
+    }
+
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
         let choice = self.plan(&machine).await.map_err(|problems| problems.to_string())?;
         let launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
         live::mark(&sink, "planned", &launch.notes.join("; "));
         launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;
-        let running = running(&launch);
+        let mut running = running(&launch);
         let id = machine.id;
         let live = live::connect(launch, sink).await?;
+        running.pid = live.pid;
         self.live.lock().expect("not poisoned").insert(id, live);
         Ok(running)
     }
@@ -181,6 +190,11 @@ impl Host for Linux {
         live.change(&machine, &survey, change, facts, &self.networks).await
     }
 
+    async fn refresh(&self, machine: Arc<Machine>) -> Result<(), String> {
+        let live = self.live(machine.id)?;
+        live.refresh(&machine).await
+    }
+
     async fn release(&self, machine: Arc<Machine>) {
         let live = self.live.lock().expect("not poisoned").remove(&machine.id);
         if let Some(live) = live {
@@ -195,6 +209,7 @@ impl Host for Linux {
     }
 
     async fn forget(&self, id: MachineId) {
+        let _ = tokio::fs::remove_file(self.paths.zones().join(id.to_string())).await;
         let _ = tokio::fs::remove_dir_all(self.paths.machine(id)).await;
     }
 }
@@ -205,5 +220,7 @@ fn running(launch: &Launch) -> Running {
         accel: launch.accel,
         address: launch.warden.taps.first().map(|t| t.address.to_string()),
         notes: launch.notes.clone(),
+        since_us: now_us(),
+        pid: 0,
     }
 }

@@ -4,6 +4,8 @@
 pub(crate) mod client;
 mod dhcp;
 mod dns;
+mod gateways;
+mod guard;
 pub mod holder;
 pub mod keeper;
 mod names;

@@ -75,6 +75,24 @@ impl Paths {
         self.machines().join(id.to_string())
     }
 
+    /// What the machine shows under `zones`: `config`, and `root` with its media.
+    pub fn zone(&self, id: MachineId) -> PathBuf {
+        self.machine(id).join("zone")
+    }
+
+    /// The folder of `own:` files.
+    pub fn own_folder(&self, id: MachineId) -> PathBuf {
+        self.zone(id).join("root")
+    }
+
+    /// Where people look for machines' folders.
+    pub fn zones(&self) -> PathBuf {
+        match self.state == Path::new("/var/lib/lodge") {
+            true => "/zones".into(),
+            false => self.state.join("zones"),
+        }
+    }
+
     /// What a machine has while it runs.
     pub fn running(&self, id: MachineId) -> PathBuf {
         // Short, because socket paths must fit in 108 bytes.
@@ -150,13 +168,22 @@ pub fn lies_beneath(root: &Path, path: &Path) -> Result<(), String> {
 
 /// Writes a file as a whole or not at all.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_whole(path, bytes, 0o644)
+}
+
+/// The same for what is nobody else's to read.
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_whole(path, bytes, 0o600)
+}
+
+fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     // A name of its own, so that two who write the same file do not share it.
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut part = tempfile::Builder::new().prefix("part-").tempfile_in(folder)?;
     std::io::Write::write_all(&mut part, bytes)?;
     part.as_file().sync_all()?;
     use std::os::unix::fs::PermissionsExt;
-    part.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    part.as_file().set_permissions(std::fs::Permissions::from_mode(mode))?;
     part.persist(path).map(drop).map_err(|e| e.error)
 }
 

@@ -10,11 +10,11 @@ use lodge_spec::machine::{Boot, Disk, DiskSource, FileContent, Machine};
 use lodge_spec::names::{ImageName, MachineId};
 use lodge_spec::problem::{Problem, Problems};
 
-use crate::backend::{BootFiles, DiskFiles, DiskFormat, Layer, NicPlace, Step, Survey};
+use crate::backend::{BootFiles, DiskFiles, DiskFormat, Layer, MdataEnd, NicPlace, Step, Survey};
 use crate::image::store::Images;
 use crate::image::{Manifest, kernel, layer};
 use crate::net::plan::{NetPlan, tap_name};
-use crate::paths::Paths;
+use crate::paths::{Paths, lies_beneath};
 
 /// Users of root's machines are numbered from here; nobody else's are.
 const FIRST_UID: u32 = 0x6c00_0000;
@@ -58,6 +58,7 @@ impl Surveyor<'_> {
         check_paths(&mut p, machine);
         let takes_files = manifest.as_ref().is_some_and(|m| m.takes_files);
         let files_disk = self.files_disk(machine, takes_files, &run, &mut steps);
+        extra_steps(machine, &run, uid, &mut steps);
         let nics = self.nics(&mut p, machine).await;
         let boot = boot.unwrap_or(BootFiles::Firmware);
         let own = machine.ready.as_ref().map(ToString::to_string);
@@ -134,7 +135,7 @@ impl Surveyor<'_> {
         let home = self.paths.machine(machine.id);
         let own = |name: &str| home.join(format!("{name}.qcow2"));
         let top = |path: PathBuf| Layer { path, format: DiskFormat::Qcow2, block_device: false };
-        if !matches!(disk.source, DiskSource::Path(_)) {
+        if !matches!(disk.source, DiskSource::Path(_) | DiskSource::Own(_)) {
             // An earlier start under a hypervisor that knows only raw disks has made it whole.
             let path = home.join(format!("{}.raw", disk.name));
             if let Ok(meta) = fs::metadata(&path) {
@@ -150,6 +151,13 @@ impl Surveyor<'_> {
         match &disk.source {
             DiskSource::Path(path) => {
                 let looked = p.take(&format!("{at}.source"), layer::look(path))?;
+                files(vec![looked.layer], looked.bytes)
+            }
+            DiskSource::Own(name) => {
+                let root = self.paths.own_folder(machine.id);
+                let path = root.join(name);
+                let found = lies_beneath(&root, &path).and_then(|()| layer::look(&path));
+                let looked = p.take(&format!("{at}.source"), found)?;
                 files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Above(below) => {
@@ -221,7 +229,8 @@ impl Surveyor<'_> {
             let dir = self.paths.network(nic.network.as_str());
             let plan = NetPlan::of(&nic.network, &dir);
             let at = format!("nics[{i}].address");
-            if let Some(address) = nic.address.filter(|a| !plan.holds(*a)) {
+            let foreign = nic.address.filter(|a| !plan.holds(*a));
+            if let Some(address) = foreign.filter(|_| nic.subnet.is_none()) {
                 p.add(&at, format!("{address} is not on the network {}", nic.network));
                 continue;
             }
@@ -246,6 +255,17 @@ impl Surveyor<'_> {
             }
         }
         places
+    }
+}
+
+/// Files for the warden and the hypervisor that only some machines have.
+fn extra_steps(machine: &Machine, run: &Path, owner: u32, steps: &mut Vec<Step>) {
+    if machine.mdata.is_some() {
+        steps.push(Step::Mdata { path: MdataEnd::file(run) });
+    }
+    let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
+    if vnc.is_some_and(|vnc| vnc.password.is_some()) {
+        steps.push(Step::VncPassword { path: run.join("vnc-password"), owner });
     }
 }
 

@@ -4,7 +4,9 @@
 
 pub mod console;
 mod forward;
+mod mdata;
 pub mod message;
+mod screen;
 mod serve;
 mod start;
 

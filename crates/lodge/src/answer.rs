@@ -58,6 +58,10 @@ impl Answer {
             }
             Request::Plan { draft } => self.plan(*draft).await,
             Request::Start { target } => self.verb(&target, Verb::Start, None).await,
+            Request::Boot { target, with } => {
+                let machine = self.keeper.boot(&target, with).await?;
+                Ok(Reply::Summary { machine })
+            }
             Request::Stop { target, force, timeout_ms } => {
                 self.verb(&target, Verb::Stop { force }, Some(ms(timeout_ms))).await
             }
@@ -73,6 +77,30 @@ impl Answer {
             Request::Update { target, change } => {
                 let machine = self.keeper.update(&target, change).await?;
                 Ok(Reply::Summary { machine })
+            }
+            Request::Redefine { target, draft, unchanged_since_us } => {
+                let machine = self.keeper.redefine(&target, *draft, unchanged_since_us).await?;
+                Ok(Reply::Summary { machine })
+            }
+            Request::Monitor { target, questions } => {
+                let id = self.record(&target)?.machine.id;
+                let value = self.keeper.host().monitor(id, &questions).await;
+                Ok(Reply::Document { value: value.map_err(Refusal::failed)? })
+            }
+            Request::Nmi { target } => {
+                let id = self.record(&target)?.machine.id;
+                self.keeper.host().nmi(id).await.map_err(Refusal::failed)?;
+                Ok(Reply::Done)
+            }
+            Request::Screenshot { target } => {
+                let id = self.record(&target)?.machine.id;
+                let path = self.keeper.host().screenshot(id).await.map_err(Refusal::failed)?;
+                Ok(Reply::Document { value: json!({"path": path}) })
+            }
+            Request::Signal { target, signal } => {
+                let id = self.record(&target)?.machine.id;
+                self.keeper.host().signal(id, signal).await.map_err(Refusal::failed)?;
+                Ok(Reply::Done)
             }
             Request::List { all } => Ok(Reply::List { machines: self.keeper.list(all) }),
             Request::Page(page) => {
@@ -332,7 +360,10 @@ impl Answer {
             }
             list.extend(record.machine.disks.iter().filter_map(|d| match &d.source {
                 DiskSource::Image { image, .. } => Some((image.clone(), name.clone())),
-                DiskSource::Path(_) | DiskSource::Above(_) | DiskSource::Blank { .. } => None,
+                DiskSource::Path(_)
+                | DiskSource::Own(_)
+                | DiskSource::Above(_)
+                | DiskSource::Blank { .. } => None,
             }));
         }
         list

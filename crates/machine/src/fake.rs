@@ -76,6 +76,13 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    async fn settle(&self, machine: &Machine) -> Result<(), String> {
+        if self.world().live.contains_key(&machine.id) {
+            self.violation(format!("{} settled while it lives", machine.id));
+        }
+        Ok(())
+    }
+
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
         let id = machine.id;
         let macs: Vec<Mac> = machine.nics.iter().map(|n| n.mac).collect();
@@ -97,6 +104,8 @@ impl Host for FakeHost {
             accel: Accel::Tcg,
             address: None,
             notes: Vec::new(),
+            since_us: 0,
+            pid: 0,
         })
     }
 
@@ -143,6 +152,14 @@ impl Host for FakeHost {
     }
 
     async fn change(&self, _machine: Arc<Machine>, _change: Change) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn refresh(&self, machine: Arc<Machine>) -> Result<(), String> {
+        match self.world().live.get_mut(&machine.id) {
+            Some((described, _, _)) => *described = machine,
+            None => return Err("nothing is there".into()),
+        }
         Ok(())
     }
 

@@ -22,6 +22,21 @@ pub struct Running {
     pub address: Option<String>,
     /// Why this backend, board and accelerator.
     pub notes: Vec<String>,
+    /// Microseconds since 1970.
+    #[serde(default)]
+    pub since_us: i64,
+    #[serde(default)]
+    pub pid: u32,
+}
+
+/// Something that the guest has written into its metadata.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wrote {
+    /// Into what the guest does not see again.
+    pub internal: bool,
+    pub key: String,
+    /// `None`: it was deleted.
+    pub value: Option<String>,
 }
 
 /// Something for the event log that changes no state: a mark on the timeline or a remark.
@@ -38,6 +53,7 @@ pub struct Mark {
 pub enum Report {
     Seen(Seen),
     Mark(Box<Mark>),
+    Wrote(Box<Wrote>),
 }
 
 /// Where reports about one machine go. Never blocks; reports after the machine is gone are lost.
@@ -69,6 +85,10 @@ pub trait Host: Send + Sync + 'static {
     /// Whether the host has what the machine names (files, images, networks). Changes nothing.
     fn check(&self, machine: &Machine) -> impl Future<Output = Result<(), Problems>> + Send;
 
+    /// Brings what a machine has between its runs in line with its description: makes its folder,
+    /// takes away disks that it no longer has. Safe to repeat; not called while it lives.
+    fn settle(&self, machine: &Machine) -> impl Future<Output = Result<(), String>> + Send;
+
     /// Prepares and starts the hypervisor. On an error nothing is left behind but what `release`
     /// removes. Afterwards its fate is reported to `sink`, ending with `Seen::Exited`.
     fn launch(
@@ -92,6 +112,9 @@ pub trait Host: Send + Sync + 'static {
         machine: Arc<Machine>,
         change: Change,
     ) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Takes over what a running machine can take over of a new description.
+    fn refresh(&self, machine: Arc<Machine>) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Gives back what a launch took. Safe to repeat; never fails in a way that could be mended.
     fn release(&self, machine: Arc<Machine>) -> impl Future<Output = ()> + Send;

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use lodge_spec::draft::Draft;
+use lodge_spec::extras::Mdata;
 use lodge_spec::machine::Machine;
 use lodge_spec::names::{MachineId, Name};
 use lodge_spec::problem::nearest;
-use lodge_spec::request::{Change, Condition, Page, Refusal};
+use lodge_spec::request::{Change, Condition, OneBoot, Page, Refusal};
 use lodge_spec::resolve::{Defaults, resolve};
 use lodge_spec::state::{Detail, Event, State, Summary};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -102,6 +103,7 @@ impl<H: Host> Keeper<H> {
                         let stop_timeout = STOP_TIMEOUT;
                         let _ = handle.inbox.send(Message::Ask {
                             verb: Verb::Start,
+                            this_time: None,
                             stop_timeout,
                             answer,
                         });
@@ -158,6 +160,7 @@ impl<H: Host> Keeper<H> {
             own,
             reports: None,
             stop_timeout: STOP_TIMEOUT,
+            this_time: None,
             timers: 0,
             taken_up,
         };
@@ -174,6 +177,7 @@ impl<H: Host> Keeper<H> {
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         self.host.check(&machine).await.map_err(invalid)?;
         let _claim = self.claim(&machine)?;
+        self.host.settle(&machine).await.map_err(Refusal::failed)?;
         let now = now_us();
         let life = Life::new();
         let record = Record { created_us: now, modified_us: now, machine, life, running: None };
@@ -290,17 +294,42 @@ impl<H: Host> Keeper<H> {
         verb: Verb,
         stop_timeout: Option<Duration>,
     ) -> Result<Summary, Refusal> {
-        let mut handle = match self.handle(target) {
-            Ok(handle) => handle,
-            Err(refusal) => return self.ask_broken(target, verb, refusal).await,
-        };
+        match self.handle(target) {
+            Ok(handle) => self.ask_one(handle, verb, stop_timeout, None).await,
+            Err(refusal) => self.ask_broken(target, verb, refusal).await,
+        }
+    }
+
+    /// Starts a machine with what is different this time.
+    pub async fn boot(&self, target: &str, with: OneBoot) -> Result<Summary, Refusal> {
+        let handle = self.handle(target)?;
+        let id = handle.record().machine.id;
+        let mut draft = handle.record().machine.to_draft();
+        let OneBoot { order, once, disks } = with;
+        let boot = draft.boot.get_or_insert_default();
+        boot.order = order.or_else(|| boot.order.take());
+        boot.once = once.or_else(|| boot.once.take());
+        draft.disks.get_or_insert_default().extend(disks);
+        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
+        let machine = resolve(draft, Defaults { id }).map_err(invalid)?;
+        self.host.check(&machine).await.map_err(invalid)?;
+        self.ask_one(handle, Verb::Start, None, Some(Box::new(machine))).await
+    }
+
+    async fn ask_one(
+        &self,
+        mut handle: Handle,
+        verb: Verb,
+        stop_timeout: Option<Duration>,
+        this_time: Option<Box<Machine>>,
+    ) -> Result<Summary, Refusal> {
         if matches!(verb, Verb::Start) {
             self.check_ports(&handle.record().machine)?;
         }
         let (answer, answered) = oneshot::channel();
         let stop_timeout = stop_timeout.unwrap_or(STOP_TIMEOUT);
         let closed = || Refusal::failed("the machine has just been removed");
-        handle.inbox.send(Message::Ask { verb, stop_timeout, answer }).map_err(|_| closed())?;
+        handle.inbox.send(Message::Ask { verb, this_time, stop_timeout, answer }).map_err(|_| closed())?;
         answered.await.map_err(|_| closed())??;
         let published = handle.published.wait_for(|p| wait::settled(verb, p).is_some()).await;
         let published = published.map_err(|_| closed())?.clone();
@@ -369,6 +398,28 @@ impl<H: Host> Keeper<H> {
         let closed = |_| Refusal::failed("the machine has just been removed");
         let (change, machine) = (Box::new(change), Box::new(machine));
         let message = Message::Change { change, machine, answer };
+        handle.inbox.send(message).map_err(|_| closed(()))?;
+        answered.await.map_err(|_| closed(()))??;
+        Ok(summary(&handle.record()))
+    }
+
+    /// Replaces a machine's description; its name and identity stay.
+    pub async fn redefine(
+        &self,
+        target: &str,
+        draft: Draft,
+        unchanged_since_us: Option<i64>,
+    ) -> Result<Summary, Refusal> {
+        let handle = self.handle(target)?;
+        let record = handle.record();
+        let (name, id) = (record.machine.name.to_string(), record.machine.id);
+        let draft = Draft { name: Some(name), uuid: Some(id.to_string()), ..draft };
+        let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
+        let machine = Box::new(resolve(draft, Defaults { id }).map_err(invalid)?);
+        self.host.check(&machine).await.map_err(invalid)?;
+        let (answer, answered) = oneshot::channel();
+        let closed = |_| Refusal::failed("the machine has just been removed");
+        let message = Message::Redefine { machine, unchanged_since_us, answer };
         handle.inbox.send(message).map_err(|_| closed(()))?;
         answered.await.map_err(|_| closed(()))??;
         Ok(summary(&handle.record()))
@@ -499,11 +550,15 @@ pub fn summary(record: &Record) -> Summary {
 
 /// What doors of other systems are told of a machine.
 pub fn detail(record: &Record) -> Detail {
+    let running = record.running.as_ref().filter(|_| record.life.state.is_live());
     Detail {
         summary: summary(record),
         created_us: record.created_us,
         modified_us: record.modified_us,
+        since_us: running.map_or(0, |r| r.since_us),
+        pid: running.map_or(0, |r| r.pid),
         origin: record.machine.origin.clone(),
+        mdata: record.machine.mdata.as_ref().map(Mdata::to_draft),
     }
 }
 

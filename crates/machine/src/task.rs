@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lodge_spec::draft::Scalar;
 use lodge_spec::machine::{Boot, Machine};
 use lodge_spec::request::{Change, Refusal};
 use lodge_spec::state::{Event, State};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::host::{Command, Found, Host, Mark, Report, Running, Sink};
+use crate::host::{Command, Found, Host, Mark, Report, Running, Sink, Wrote};
 use crate::life::{self, Action, Denied, Life, Policy, Seen, Verb};
 use crate::record::Record;
 use crate::store::{self, Row, Store, StoreError, now_us};
@@ -28,6 +29,8 @@ pub(crate) struct Published {
 pub(crate) enum Message {
     Ask {
         verb: Verb,
+        /// For a start: the machine as it is to be this time.
+        this_time: Option<Box<Machine>>,
         stop_timeout: Duration,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
@@ -35,6 +38,12 @@ pub(crate) enum Message {
     Change {
         change: Box<Change>,
         machine: Box<Machine>,
+        answer: oneshot::Sender<Result<(), Refusal>>,
+    },
+    /// The whole description anew, if nothing else has changed since.
+    Redefine {
+        machine: Box<Machine>,
+        unchanged_since_us: Option<i64>,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
     LaunchDone(Box<Result<Running, String>>),
@@ -54,6 +63,8 @@ pub(crate) struct Task<H> {
     /// Only where a hypervisor may report.
     pub(crate) reports: Option<mpsc::UnboundedReceiver<Report>>,
     pub(crate) stop_timeout: Duration,
+    /// The machine as it is to be at the start that comes next.
+    pub(crate) this_time: Option<Box<Machine>>,
     /// Timers of earlier generations are void.
     pub(crate) timers: u64,
     /// Dropped once what is published is what is.
@@ -79,6 +90,10 @@ impl<H: Host> Task<H> {
                     Report::Seen(seen) => Box::pin(self.saw(seen)).await,
                     Report::Mark(mark) => {
                         Box::pin(self.note(*mark)).await;
+                        false
+                    }
+                    Report::Wrote(wrote) => {
+                        Box::pin(self.wrote(*wrote)).await;
                         false
                     }
                 },
@@ -114,8 +129,11 @@ impl<H: Host> Task<H> {
     /// True once the machine is forgotten.
     async fn handle(&mut self, message: Message) -> bool {
         match message {
-            Message::Ask { verb, stop_timeout, answer } => {
+            Message::Ask { verb, this_time, stop_timeout, answer } => {
                 self.stop_timeout = stop_timeout;
+                if !self.record.life.state.is_live() {
+                    self.this_time = this_time;
+                }
                 let (result, gone) = match life::ask(&self.record.life, verb) {
                     Ok((next, actions)) => {
                         let event = (verb.as_str().to_owned(), String::new());
@@ -129,6 +147,10 @@ impl<H: Host> Task<H> {
             }
             Message::Change { change, machine, answer } => {
                 let _ = answer.send(self.change(*change, *machine).await);
+                false
+            }
+            Message::Redefine { machine, unchanged_since_us, answer } => {
+                let _ = answer.send(self.redefine(*machine, unchanged_since_us).await);
                 false
             }
             Message::LaunchDone(done) => match *done {
@@ -205,7 +227,10 @@ impl<H: Host> Task<H> {
         let command = match action {
             Action::Launch => {
                 let (host, own) = (self.host.clone(), self.own.clone());
-                let machine = self.machine();
+                let machine = match self.this_time.take() {
+                    Some(machine) => Arc::new(*machine),
+                    None => self.machine(),
+                };
                 let sink = self.listen();
                 tokio::spawn(async move {
                     let result = host.launch(machine, sink).await;
@@ -246,6 +271,49 @@ impl<H: Host> Task<H> {
         self.persist(vec![("changed".into(), detail)]).await.map_err(Refusal::failed)?;
         self.publish(false);
         Ok(())
+    }
+
+    async fn redefine(
+        &mut self,
+        machine: Machine,
+        unchanged_since_us: Option<i64>,
+    ) -> Result<(), Refusal> {
+        if unchanged_since_us.is_some_and(|us| us != self.record.modified_us) {
+            return Err(Refusal::Changed { name: self.record.machine.name.to_string() });
+        }
+        let before = self.record.clone();
+        Arc::make_mut(&mut self.record).machine = machine;
+        if let Err(error) = self.persist(vec![("redefined".into(), String::new())]).await {
+            self.record = before;
+            return Err(Refusal::failed(error));
+        }
+        self.publish(false);
+        let done = match self.record.life.state {
+            State::Running | State::Paused => self.host.refresh(self.machine()).await,
+            State::Starting | State::Stopping => Ok(()),
+            State::Created | State::Stopped | State::Failed | State::Broken => {
+                self.host.settle(&self.record.machine).await
+            }
+        };
+        done.map_err(Refusal::failed)
+    }
+
+    /// The guest has written into its metadata; what is kept is what it is told from now on.
+    async fn wrote(&mut self, wrote: Wrote) {
+        let Wrote { internal, key, value } = wrote;
+        let Some(mdata) = &mut Arc::make_mut(&mut self.record).machine.mdata else { return };
+        let map = if internal { &mut mdata.internal } else { &mut mdata.customer };
+        match value {
+            Some(value) => drop(map.insert(key.clone(), Scalar::Text(value))),
+            None => drop(map.remove(&key)),
+        }
+        if let Err(error) = self.persist(vec![("metadata".into(), key)]).await {
+            let detail = error.to_string();
+            return self.note(Mark { kind: "error".into(), detail, at_us: None }).await;
+        }
+        self.publish(false);
+        // Fails only where the hypervisor is just ending.
+        let _ = self.host.refresh(self.machine()).await;
     }
 
     async fn forget(&mut self) -> Result<(), StoreError> {

@@ -18,6 +18,9 @@ pub enum Feature {
     MemoryHotplug,
     Shares,
     RateLimits,
+    Display,
+    Smbios,
+    SecondSerial,
 }
 
 impl Feature {
@@ -35,6 +38,9 @@ impl Feature {
             Feature::MemoryHotplug => "plugging in memory",
             Feature::Shares => "shared folders",
             Feature::RateLimits => "limits on what an interface carries",
+            Feature::Display => "a screen",
+            Feature::Smbios => "a name of its own for the guest to see",
+            Feature::SecondSerial => "a second serial port",
         }
     }
 }
@@ -89,6 +95,14 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
     }
     for share in &machine.shares {
         need(format!("shares.{}", share.tag), Feature::Shares);
+    }
+    let extras = [
+        ("display", machine.display.is_some(), Feature::Display),
+        ("smbios", machine.smbios.is_some(), Feature::Smbios),
+        ("mdata", machine.mdata.is_some(), Feature::SecondSerial),
+    ];
+    for (path, _, feature) in extras.into_iter().filter(|(_, asked, _)| *asked) {
+        need(path.into(), feature);
     }
     list
 }

@@ -86,6 +86,19 @@ pub struct Draft {
     /// What the hypervisor process may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsDraft>,
+    /// A screen with a keyboard and a pointer, shown over VNC. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub display: Option<DisplayDraft>,
+    /// What the machine calls itself to its guest (SMBIOS, type 1).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub smbios: Option<SmbiosDraft>,
+    /// What the guest may read and write over its second serial port, in the metadata protocol of
+    /// SmartOS. No second serial port when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mdata: Option<MdataDraft>,
+    /// A folder of the machine's own, for media: `own:/NAME` is a file in it. False when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub own_folder: Option<bool>,
     /// In whose words the machine was asked for, where those were not this document's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub origin: Option<OriginDraft>,
@@ -209,8 +222,8 @@ pub struct DiskDraft {
     /// Name within the machine. `disk0`, `disk1`, … when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Host path of a raw or qcow2 image or a block device; told apart by content. Absent: an
-    /// empty disk of `size`, kept with the machine.
+    /// Host path of a raw or qcow2 image or a block device; told apart by content. `own:/NAME`: a
+    /// file in the machine's own folder. Absent: an empty disk of `size`, kept with the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Leave the source alone and write to a layer of the machine's own above it. False when
@@ -235,6 +248,9 @@ pub struct DiskDraft {
     /// Serial number that the guest sees; the name when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// Firmware tries this disk before everything else. False when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<bool>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -256,6 +272,20 @@ pub struct NicDraft {
     /// IPv4 address that DHCP hands out. The next free one when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Length of the address's prefix, for an address that is not of the network's own plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<u32>,
+    /// IPv4 address of the router, where the address is not of the network's own plan. The network
+    /// answers there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// What DHCP tells: `full`, `address` (without router, names and host name) or `none`. `full`
+    /// when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease: Option<String>,
+    /// What the guest may send under other names than its own. Anything when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard: Option<GuardDraft>,
     /// Limit on what the guest receives. None when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_limit: Option<RateLimitDraft>,
@@ -277,6 +307,23 @@ pub struct RateLimitDraft {
     /// Bytes beyond the limit, once. None when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub burst: Option<Size>,
+}
+
+/// Only the interface's own Ethernet and IPv4 addresses pass, as IPv4, IPv6 or ARP, and no answers
+/// of a DHCP server; but for what is allowed here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct GuardDraft {
+    /// `mac`, `ip`, `dhcp`, `other`: what is not held back. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<String>>,
+    /// Addresses besides the interface's own: IPv4 or IPv6, with or without a prefix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Vec<String>>,
+    /// TCP ports that the guest does not reach.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_ports: Option<Vec<u16>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -376,4 +423,71 @@ pub struct LimitsDraft {
     /// Threads of the hypervisor process. 512 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+}
+
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct DisplayDraft {
+    /// `std`, `cirrus`, `vmware`, `qxl` or `virtio`. `std` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vga: Option<String>,
+    /// Whether VNC listens. True when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<bool>,
+    /// Host address that VNC listens on. `127.0.0.1` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// TCP port; 0 or absent: one that stays the machine's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u32>,
+    /// At most 8 characters, because VNC takes no more. Nobody is asked when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<String>,
+}
+
+impl std::fmt::Debug for DisplayDraft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { vga, listen, address, port, password } = self;
+        let password = password.as_ref().map(|_| "…");
+        f.debug_tuple("DisplayDraft")
+            .field(&(vga, listen, address, port, password))
+            .finish()
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct SmbiosDraft {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manufacturer: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub product: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sku: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct MdataDraft {
+    /// A JSON object as text; its members are what `sdc:` keys tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// What the guest may read, write and delete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub customer: Option<BTreeMap<String, Scalar>>,
+    /// What the guest does not see, but for a few keys and those of `namespaces`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub internal: Option<BTreeMap<String, Scalar>>,
+    /// Prefixes of internal keys that the guest may read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespaces: Option<Vec<String>>,
 }

@@ -8,6 +8,7 @@
 pub mod capability;
 pub mod document;
 pub mod draft;
+pub mod extras;
 pub mod machine;
 pub mod names;
 pub mod problem;

@@ -11,6 +11,7 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
+use crate::extras::{self, Display, Guard, Lease, Mdata, Smbios};
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
 
@@ -41,6 +42,11 @@ pub struct Machine {
     pub accel: Option<Accel>,
     pub board: Option<Board>,
     pub limits: Limits,
+    pub display: Option<Display>,
+    pub smbios: Option<Smbios>,
+    pub mdata: Option<Mdata>,
+    /// It has a folder of its own for media.
+    pub own_folder: bool,
     pub origin: Option<Origin>,
 }
 
@@ -91,12 +97,16 @@ pub struct Disk {
     pub media: Media,
     pub read_only: bool,
     pub serial: String,
+    /// Firmware tries it before everything else.
+    pub first: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiskSource {
     /// A file or block device of the host, used in place.
     Path(PathBuf),
+    /// A file in the machine's own folder, used in place; relative to that folder.
+    Own(PathBuf),
     /// A layer of the machine's own above a file of the host, which is only read.
     Above(PathBuf),
     /// A layer of the machine's own above a stored image, at least as large as the image.
@@ -113,10 +123,22 @@ pub struct Nic {
     pub mac: Mac,
     /// What DHCP hands out; `None` takes the network's next free address.
     pub address: Option<Ipv4Addr>,
+    /// Present where the address is not of the network's own plan.
+    pub subnet: Option<Subnet>,
+    pub lease: Lease,
+    pub guard: Option<Guard>,
     /// What the guest may receive.
     pub rx_limit: Option<RateLimit>,
     /// What the guest may send.
     pub tx_limit: Option<RateLimit>,
+}
+
+/// Where an address lies that is not of its network's plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subnet {
+    /// 8 to 32.
+    pub prefix: u8,
+    pub gateway: Option<Ipv4Addr>,
 }
 
 /// A limit on bytes.
@@ -206,6 +228,7 @@ pub struct Limits {
 }
 
 /// A closed set of words: the type, its spellings and its parser in one table.
+#[macro_export]
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
         $(#[$doc])*
@@ -315,6 +338,10 @@ impl Machine {
             accel,
             board,
             limits: Limits { cpu_percent, cpu_weight, memory: memory_limit, threads: max_threads },
+            display,
+            smbios,
+            mdata,
+            own_folder,
             origin,
         } = self;
         let (image, boot) = boot_to_draft(boot);
@@ -324,9 +351,13 @@ impl Machine {
         };
         let image_size = match disks.first().filter(|_| image.is_some()).map(|d| &d.source) {
             Some(DiskSource::Image { size, .. }) => size.map(text_size),
-            Some(DiskSource::Path(_) | DiskSource::Above(_) | DiskSource::Blank { .. }) | None => {
-                None
-            }
+            Some(
+                DiskSource::Path(_)
+                | DiskSource::Own(_)
+                | DiskSource::Above(_)
+                | DiskSource::Blank { .. },
+            )
+            | None => None,
         };
         let auto = |word: Option<&'static str>| Some(word.unwrap_or("auto").to_owned());
         Draft {
@@ -371,6 +402,10 @@ impl Machine {
                 memory: memory_limit.map(text_size),
                 threads: Some(*max_threads),
             }),
+            display: display.as_ref().map(Display::to_draft),
+            smbios: smbios.as_ref().map(Smbios::to_draft),
+            mdata: mdata.as_ref().map(Mdata::to_draft),
+            own_folder: Some(*own_folder),
             origin: origin.as_ref().map(|Origin { door, id, owner, document }| OriginDraft {
                 door: Some(door.clone()),
                 id: Some(id.clone()),
@@ -417,8 +452,9 @@ fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
 }
 
 fn disk_to_draft(disk: &Disk) -> DiskDraft {
-    let Disk { name, source, bus, media, read_only, serial } = disk;
+    let Disk { name, source, bus, media, read_only, serial, first } = disk;
     let (path, image, size) = match source {
+        DiskSource::Own(path) => (Some(extras::own_text(path)), None, None),
         DiskSource::Path(path) | DiskSource::Above(path) => (Some(path_text(path)), None, None),
         DiskSource::Image { image, size } => (None, Some(image.to_string()), *size),
         DiskSource::Blank { size } => (None, None, Some(*size)),
@@ -433,11 +469,23 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
         media: Some(media.to_string()),
         read_only: Some(*read_only),
         serial: Some(serial.clone()),
+        first: first.then_some(true),
     }
 }
 
 fn nic_to_draft(nic: &Nic) -> NicDraft {
-    let Nic { name, network, model, mac, address, rx_limit, tx_limit } = nic;
+    let Nic {
+        name,
+        network,
+        model,
+        mac,
+        address,
+        subnet,
+        lease,
+        guard,
+        rx_limit,
+        tx_limit,
+    } = nic;
     let limit = |limit: &Option<RateLimit>| {
         limit.map(|RateLimit { bandwidth, refill_ms, burst }| RateLimitDraft {
             bandwidth: Some(Size::Bytes(bandwidth)),
@@ -451,6 +499,10 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         model: Some(model.to_string()),
         mac: Some(mac.to_string()),
         address: address.map(|a| a.to_string()),
+        prefix: subnet.map(|s| u32::from(s.prefix)),
+        gateway: subnet.and_then(|s| s.gateway).map(|g| g.to_string()),
+        lease: Some(lease.to_string()),
+        guard: guard.as_ref().map(Guard::to_draft),
         rx_limit: limit(rx_limit),
         tx_limit: limit(tx_limit),
     }

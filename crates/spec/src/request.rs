@@ -26,6 +26,11 @@ pub enum Request {
     Start {
         target: Target,
     },
+    /// Starts with devices and an order that hold until the hypervisor ends.
+    Boot {
+        target: Target,
+        with: OneBoot,
+    },
     Stop {
         target: Target,
         force: bool,
@@ -51,6 +56,32 @@ pub enum Request {
     Update {
         target: Target,
         change: Change,
+    },
+    /// Replaces the description. What a running machine can take over at once it does; the rest
+    /// waits for its next start.
+    Redefine {
+        target: Target,
+        draft: Box<Draft>,
+        /// Refused where the machine has changed since.
+        unchanged_since_us: Option<i64>,
+    },
+    /// What the hypervisor itself says of a running machine: a document with a member for each.
+    Monitor {
+        target: Target,
+        questions: Vec<Question>,
+    },
+    /// Interrupts the guest as a service processor does.
+    Nmi {
+        target: Target,
+    },
+    /// Puts what is on the screen into a file (PPM); a document with its `path`.
+    Screenshot {
+        target: Target,
+    },
+    /// Sends a signal to the hypervisor.
+    Signal {
+        target: Target,
+        signal: i32,
     },
     List {
         all: bool,
@@ -121,6 +152,32 @@ pub enum Request {
         name: Option<ImageName>,
     },
 }
+
+/// What is different about one start.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OneBoot {
+    /// Kinds of device to try in turn, in place of the machine's own.
+    pub order: Option<Vec<String>>,
+    /// The kind to try first until the guest resets.
+    pub once: Option<String>,
+    /// Attached after the machine's own.
+    pub disks: Vec<DiskDraft>,
+}
+
+crate::words!(
+    /// What a hypervisor can be asked about a machine that runs.
+    Question {
+        Block = "block",
+        BlockStats = "blockstats",
+        Chardev = "chardev",
+        Cpus = "cpus",
+        Kvm = "kvm",
+        Pci = "pci",
+        Status = "status",
+        Version = "version",
+        Vnc = "vnc",
+    }
+);
 
 /// Which machines to list, and from where on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,6 +276,8 @@ pub enum Refusal {
     Invalid { problems: Vec<Problem> },
     #[error("cannot {verb} {name}: it is {state}")]
     State { verb: String, name: String, state: State },
+    #[error("{name} has changed meanwhile; look at it again")]
+    Changed { name: String },
     #[error("{message}")]
     Unsupported { message: String },
     #[error("{name} was not {what} after {seconds} s")]

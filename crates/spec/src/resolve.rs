@@ -12,6 +12,7 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
+use crate::extras;
 use crate::machine::{
     Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
     Machine, Media, Memory, Nic, NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart,
@@ -63,6 +64,10 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         accel,
         board,
         limits,
+        display,
+        smbios,
+        mdata,
+        own_folder,
         origin,
     } = draft;
     let mut p = Problems::default();
@@ -129,12 +134,16 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         accel: auto(&mut p, "accel", accel),
         board: auto(&mut p, "board", board),
         limits: resolve_limits(&mut p, limits),
+        display: display.and_then(|d| extras::resolve_display(&mut p, d)),
+        smbios: smbios.map(|s| extras::resolve_smbios(&mut p, s)),
+        mdata: mdata.map(|m| extras::resolve_mdata(&mut p, m)),
+        own_folder: own_folder.unwrap_or(false),
         origin: origin.and_then(|o| resolve_origin(&mut p, o)),
     };
     p.or(machine)
 }
 
-fn parse<T>(p: &mut Problems, path: &str, text: Option<String>) -> Option<T>
+pub(crate) fn parse<T>(p: &mut Problems, path: &str, text: Option<String>) -> Option<T>
 where
     T: FromStr<Err: Display>,
 {
@@ -269,6 +278,7 @@ fn image_disk(image: ImageName, size: Option<Bytes>) -> Disk {
         media: Media::Disk,
         read_only: false,
         serial: "root".into(),
+        first: false,
     }
 }
 
@@ -284,7 +294,8 @@ fn host_path(p: &mut Problems, path: &str, text: String) -> PathBuf {
 
 fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
     let at = |field: &str| format!("disks[{i}].{field}");
-    let DiskDraft { name, source, layered, image, size, bus, media, read_only, serial } = draft;
+    let DiskDraft { name, source, layered, image, size, bus, media, read_only, serial, first } =
+        draft;
     let media = parse(p, &at("media"), media).unwrap_or(Media::Disk);
     let default_bus = match media {
         Media::Disk => DiskBus::Virtio,
@@ -303,6 +314,9 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
         (Some(_), None, Some(_)) => {
             p.add(at("size"), "a disk with a `source` has the size of its source");
             return None;
+        }
+        (Some(path), None, None) if path.starts_with(extras::OWN) => {
+            DiskSource::Own(p.take(&at("source"), extras::own_path(&path))?)
         }
         (Some(path), None, None) if layered == Some(true) => {
             DiskSource::Above(host_path(p, &at("source"), path))
@@ -328,20 +342,37 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
         );
     }
     let read_only = read_only.unwrap_or(false) || media == Media::Cdrom;
-    Some(Disk { name, source, bus, media, read_only, serial })
+    let first = first.unwrap_or(false);
+    Some(Disk { name, source, bus, media, read_only, serial, first })
 }
 
 fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Option<Nic> {
     let at = |field: &str| format!("nics[{i}].{field}");
-    let NicDraft { name, network, model, mac, address, rx_limit, tx_limit } = draft;
+    let NicDraft {
+        name,
+        network,
+        model,
+        mac,
+        address,
+        prefix,
+        gateway,
+        lease,
+        guard,
+        rx_limit,
+        tx_limit,
+    } = draft;
     let name = parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))));
     let network = parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())));
     let model = parse(p, &at("model"), model).unwrap_or(NicModel::Virtio);
     let mac = parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i));
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
+    let subnet = extras::resolve_subnet(p, &at, address, prefix, gateway);
+    let lease = parse(p, &at("lease"), lease).unwrap_or(extras::Lease::Full);
+    let guard = guard.map(|g| extras::resolve_guard(p, &at("guard"), g));
     let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
     let tx_limit = tx_limit.and_then(|limit| resolve_rate(p, &at("tx_limit"), limit));
-    Some(Nic { name: name?, network: network?, model, mac, address, rx_limit, tx_limit })
+    let (name, network) = (name?, network?);
+    Some(Nic { name, network, model, mac, address, subnet, lease, guard, rx_limit, tx_limit })
 }
 
 fn resolve_rate(p: &mut Problems, at: &str, draft: RateLimitDraft) -> Option<RateLimit> {
@@ -477,6 +508,7 @@ fn check_clashes(
     unique(p, "ports", ports.iter().map(|f| format!("{}/{}", f.host, f.protocol)));
     let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
         DiskSource::Path(path) => Some(path.display().to_string()),
+        DiskSource::Own(path) => Some(extras::own_text(path)),
         DiskSource::Above(_) | DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
     });
     unique(p, "disks", writable);

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::draft::MdataDraft;
 use crate::machine::{Accel, BackendKind, Origin};
 use crate::names::{MachineId, Name};
 
@@ -85,7 +86,12 @@ pub struct Detail {
     pub created_us: i64,
     /// When its state or its description last changed.
     pub modified_us: i64,
+    /// When its hypervisor was started, and as which process; 0 where none runs.
+    pub since_us: i64,
+    pub pid: u32,
     pub origin: Option<Origin>,
+    /// What its guest may read and write, where it may.
+    pub mdata: Option<MdataDraft>,
 }
 
 /// What a running machine uses. Counters are since its start; all zero where it does not run.

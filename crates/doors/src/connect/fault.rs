@@ -30,7 +30,10 @@ pub(super) fn refused(verb: &str, vm_id: &str, refusal: &Refusal, order: &[usize
         Refusal::Taken { what, .. } if what.contains("identity") || what.contains("name") => {
             ConnectError::new(ErrorCode::AlreadyExists, format!("VM already exists: {vm_id}"))
         }
-        Refusal::Taken { .. } | Refusal::State { .. } | Refusal::Unsupported { .. } => {
+        Refusal::Taken { .. }
+        | Refusal::State { .. }
+        | Refusal::Changed { .. }
+        | Refusal::Unsupported { .. } => {
             precondition(text(refusal))
         }
         Refusal::Timeout { .. } => ConnectError::new(ErrorCode::DeadlineExceeded, text(refusal)),

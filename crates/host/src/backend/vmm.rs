@@ -185,6 +185,8 @@ pub(crate) fn warden(
         sockets,
         taps,
         ports: Forward::all(machine),
+        screen: None,
+        mdata: None,
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,

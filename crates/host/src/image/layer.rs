@@ -114,7 +114,7 @@ pub fn copy(from: &Path, path: &Path, owner: u32) -> io::Result<()> {
 }
 
 /// Root's machines run as users of their own, who own their files.
-fn give(path: &Path, owner: u32) -> io::Result<()> {
+pub(crate) fn give(path: &Path, owner: u32) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     if fs::metadata(path)?.uid() != owner && rustix::process::geteuid().is_root() {

@@ -91,7 +91,22 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
             let files = layer::guest_files(machine, true)?;
             layer::write_files_disk(path, &files).map_err(at(path))
         }
+        Step::Mdata { path } => write_mdata(machine, path).map_err(at(path)),
+        Step::VncPassword { path, owner } => {
+            let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
+            let password = vnc.and_then(|vnc| vnc.password.as_deref()).unwrap_or("");
+            paths::write_private(path, password.as_bytes())
+                .and_then(|()| layer::give(path, *owner))
+                .map_err(at(path))
+        }
     }
+}
+
+/// What the warden tells the guest; written as a whole, so that it can be read at any moment.
+pub(super) fn write_mdata(machine: &Machine, path: &Path) -> std::io::Result<()> {
+    let Some(mdata) = &machine.mdata else { return Ok(()) };
+    let text = serde_json::to_vec(&mdata.to_draft())?;
+    paths::write_private(path, &text)
 }
 
 async fn start_warden(launch: &Launch) -> Result<u32, String> {

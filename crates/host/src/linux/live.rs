@@ -1,13 +1,16 @@
 //! The daemon's side of a running machine: connections to its warden and its hypervisor, and the
 //! reports that come over them.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lodge_machine::Seen;
 use lodge_machine::host::{Command, Found, Mark, Report, Sink};
+use lodge_spec::draft::GuardDraft;
 use lodge_spec::machine::Machine;
+use lodge_spec::names::Mac;
 use lodge_spec::request::Change;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
@@ -17,7 +20,7 @@ use super::launch::launch_file;
 use super::usage::Sample;
 use crate::backend::qemu::control::{Control, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
-use crate::backend::{FIRST_FD, Launch, Survey, Tap};
+use crate::backend::{FIRST_FD, Launch, ScreenPort, Survey, Tap};
 use crate::facts::Facts;
 use crate::fdpass::{self, Lines};
 use crate::paths::boot_id;
@@ -37,6 +40,10 @@ pub(super) struct Live {
     sample: Arc<std::sync::Mutex<Option<Sample>>>,
     /// Questions that want a descriptor go over a connection of their own, one at a time.
     taps: Arc<Mutex<()>>,
+    /// Where the screen is shown now.
+    pub(super) shown: Arc<Mutex<Option<ScreenPort>>>,
+    /// What interfaces may send, where that has changed since the start.
+    pub(super) guarded: Arc<Mutex<HashMap<Mac, GuardDraft>>>,
 }
 
 pub(super) fn mark(sink: &Sink, kind: &str, detail: &str) {
@@ -46,14 +53,14 @@ pub(super) fn mark(sink: &Sink, kind: &str, detail: &str) {
 }
 
 /// A conversation with a warden.
-struct Warden {
+pub(super) struct Warden {
     stream: UnixStream,
     lines: Lines,
-    status: Status,
+    pub(super) status: Status,
 }
 
 impl Warden {
-    async fn connect(run: &Path) -> Result<Self, String> {
+    pub(super) async fn connect(run: &Path) -> Result<Self, String> {
         let text = |e: std::io::Error| format!("the machine's warden: {e}");
         let stream = UnixStream::connect(message::socket(run)).await.map_err(text)?;
         let mut lines = Lines::default();
@@ -178,8 +185,9 @@ fn go_on(launch: Launch, warden: Warden, drive: Drive, told: Told, sink: Sink) -
         tokio::spawn(hear_hypervisor(events, control.clone(), sink.clone()));
     }
     tokio::spawn(hear_warden(warden, asked, sink.clone()));
-    let (taps, sample) = (Arc::default(), Arc::default());
-    Live { drive, sink, launch: Arc::new(launch), pid, asks, sample, taps }
+    let (taps, sample, guarded) = (Arc::default(), Arc::default(), Arc::default());
+    let shown = Arc::new(Mutex::new(launch.warden.screen.as_ref().and_then(|s| s.at)));
+    Live { drive, sink, launch: Arc::new(launch), pid, asks, sample, taps, shown, guarded }
 }
 
 async fn hear_hypervisor(
@@ -199,6 +207,8 @@ async fn hear_warden(mut warden: Warden, mut asked: mpsc::UnboundedReceiver<Ask>
     if warden.status.ready {
         report(&sink, Tell::Ready { at_us: lodge_machine::store::now_us() });
     }
+    // What the guest wrote while nobody listened.
+    report(&sink, Tell::Status(warden.status.clone()));
     loop {
         tokio::select! {
             tell = warden.lines.next::<Tell>(&warden.stream) => match tell {
@@ -236,7 +246,14 @@ fn report(sink: &Sink, tell: Tell) {
             }
             Report::Seen(Seen::Exited(exit.outcome()))
         }
-        Tell::Status(_) | Tell::Tap { .. } => return,
+        Tell::Wrote { wrote } => Report::Wrote(Box::new(wrote)),
+        Tell::Status(status) => {
+            for wrote in status.wrote {
+                let _ = sink.send(Report::Wrote(Box::new(wrote)));
+            }
+            return;
+        }
+        Tell::Tap { .. } => return,
     };
     let _ = sink.send(report);
 }

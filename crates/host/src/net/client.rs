@@ -7,7 +7,6 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 
 use lodge_spec::machine::Protocol;
-use lodge_spec::names::Mac;
 use lodge_spec::state::Traffic;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -19,13 +18,11 @@ use crate::fdpass::{self, Lines};
 #[serde(tag = "ask", rename_all = "snake_case")]
 pub(crate) enum NetAsk {
     Attach {
-        interface: String,
-        mac: Mac,
-        address: Ipv4Addr,
-        hostname: String,
-        resolvers: Vec<Ipv4Addr>,
-        /// The user who opens the interface by its name; what comes back is the namespace then.
-        opened_by: Option<u32>,
+        tap: Box<Tap>,
+    },
+    /// What an interface may send from now on.
+    Guard {
+        tap: Box<Tap>,
     },
     /// What has passed through an interface.
     Count {
@@ -46,6 +43,7 @@ pub(crate) enum Notice {
     Attached,
     /// The socket comes with it.
     Dialled,
+    Guarded,
     Counted {
         traffic: Traffic,
     },
@@ -66,14 +64,7 @@ pub(crate) fn socket(network: &Path) -> PathBuf {
 pub(crate) fn attach(tap: &Tap) -> Result<(StdStream, OwnedFd), String> {
     let text = |e: std::io::Error| format!("network {}: {e}", tap.network.display());
     let connection = StdStream::connect(socket(&tap.network)).map_err(text)?;
-    let ask = NetAsk::Attach {
-        interface: tap.interface.clone(),
-        mac: tap.mac,
-        address: tap.address,
-        hostname: tap.hostname.clone(),
-        resolvers: tap.resolvers.clone(),
-        opened_by: tap.opened_by,
-    };
+    let ask = NetAsk::Attach { tap: Box::new(tap.clone()) };
     match fdpass::ask_blocking(&connection, &ask).map_err(text)? {
         (Notice::Attached, Some(fd)) => Ok((connection, fd)),
         (Notice::Refused { why }, _) => Err(why),
@@ -89,6 +80,19 @@ pub(crate) async fn count(network: &Path, interface: &str) -> std::io::Result<Tr
     match Lines::default().next(&connection).await? {
         Some((Notice::Counted { traffic }, _)) => Ok(traffic),
         Some(_) | None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Changes what an interface may send.
+pub(crate) async fn guard(tap: Tap) -> Result<(), String> {
+    let text = |e: std::io::Error| format!("network: {e}");
+    let connection = UnixStream::connect(socket(&tap.network)).await.map_err(text)?;
+    let ask = NetAsk::Guard { tap: Box::new(tap) };
+    fdpass::send(&connection, &ask, None).await.map_err(text)?;
+    match Lines::default().next(&connection).await.map_err(text)? {
+        Some((Notice::Guarded, _)) => Ok(()),
+        Some((Notice::Refused { why }, _)) => Err(why),
+        Some(_) | None => Err("the network's keeper says nothing".into()),
     }
 }
 

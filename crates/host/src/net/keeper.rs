@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -18,8 +18,10 @@ use tokio::sync::{Notify, mpsc};
 use super::client::{self, NetAsk, Notice};
 use super::dhcp::{self, Place};
 use super::names::{World, enter};
-use super::plan::{BRIDGE, NetPlan};
-use super::{dns, names, setup, tap};
+use super::gateways::Gateways;
+use super::plan::{BRIDGE, METADATA, NetPlan};
+use super::{dns, guard, names, setup, tap};
+use crate::backend::Tap;
 use crate::fdpass::{self, Lines};
 
 /// A network without machines ends after this.
@@ -41,6 +43,8 @@ struct Network {
     left: Notify,
     /// Asked to end as soon as nobody is attached.
     leaving: Cell<bool>,
+    /// Routers that machines count on and that are not of the plan.
+    gateways: RefCell<Gateways>,
 }
 
 impl Network {
@@ -111,9 +115,8 @@ async fn serve(
     let path = client::socket(dir);
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).map_err(text("listening"))?;
-    let dhcp = UdpSocket::bind("0.0.0.0:67").await.map_err(text("DHCP"))?;
-    dhcp.set_broadcast(true).map_err(text("DHCP"))?;
-    dhcp.bind_device(Some(BRIDGE.as_bytes())).map_err(text("DHCP"))?;
+    let (any, from_metadata) = (dhcp_socket(Ipv4Addr::UNSPECIFIED), dhcp_socket(METADATA));
+    let dhcp = (any.map_err(text("DHCP"))?, from_metadata.map_err(text("DHCP"))?);
     let udp = UdpSocket::bind((plan.names(), 53)).await.map_err(text("names"))?;
     let streams = TcpListener::bind((plan.names(), 53)).await.map_err(text("names"))?;
     outside.set_nonblocking(true).map_err(text("names"))?;
@@ -124,6 +127,7 @@ async fn serve(
         changed: Notify::new(),
         left: Notify::new(),
         leaving: Cell::new(false),
+        gateways: RefCell::default(),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
     let members = network.clone();
@@ -157,9 +161,15 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
     let mut lines = Lines::default();
     while let Ok(Some((ask, _))) = lines.next::<NetAsk>(&stream).await {
         match ask {
-            NetAsk::Attach { interface, mac, address, hostname, resolvers, opened_by } => {
-                let place = Place { address, hostname, resolvers };
-                return attached(network, stream, (&interface, opened_by), mac, place).await;
+            NetAsk::Attach { tap } => return attached(network, stream, *tap).await,
+            NetAsk::Guard { tap } => {
+                let notice = match guard::set(&tap).await {
+                    Ok(()) => Notice::Guarded,
+                    Err(e) => Notice::Refused { why: e.to_string() },
+                };
+                if fdpass::send(&stream, &notice, None).await.is_err() {
+                    return;
+                }
             }
             NetAsk::Dial { address, protocol } => {
                 let dialled = dial(address, protocol).await;
@@ -191,10 +201,12 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 async fn attached(
     network: Rc<Network>,
     stream: UnixStream,
-    (interface, opened_by): (&str, Option<u32>),
-    mac: Mac,
-    place: Place,
+    tap: Tap,
 ) {
+    let Tap { interface, mac, address, subnet, lease, opened_by, .. } = tap.clone();
+    let interface = interface.as_str();
+    let (hostname, resolvers) = (tap.hostname.clone(), tap.resolvers.clone());
+    let place = Place { address, subnet, lease, hostname, resolvers };
     let refuse = async |why: String| {
         let _ = fdpass::send(&stream, &Notice::Refused { why }, None).await;
     };
@@ -216,6 +228,17 @@ async fn attached(
         Ok(fd) => fd,
         Err(error) => return refuse(format!("interface {interface}: {error}")).await,
     };
+    if tap.guard.is_some()
+        && let Err(error) = guard::set(&tap).await
+    {
+        return refuse(format!("interface {interface}: {error}")).await;
+    }
+    // Where no machine is the router itself.
+    let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
+    let gateway = gateway.filter(|(gateway, _)| !network.holds(mac, *gateway));
+    if let Some((gateway, prefix)) = gateway {
+        network.gateways.borrow_mut().take(gateway, prefix);
+    }
     let (notices, mut heard) = mpsc::unbounded_channel();
     network.members.borrow_mut().insert(mac, Member { place, notices });
     network.changed.notify_one();
@@ -238,6 +261,12 @@ async fn attached(
         // It outlives whoever opened it; nobody else takes it away.
         let _ = tap::remove(interface);
     }
+    if tap.guard.is_some() {
+        guard::forget(interface).await;
+    }
+    if let Some((gateway, _)) = gateway {
+        network.gateways.borrow_mut().give_back(gateway);
+    }
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();
     network.left.notify_waiters();
@@ -254,14 +283,42 @@ async fn dial(address: SocketAddr, protocol: Protocol) -> std::io::Result<OwnedF
     }
 }
 
-async fn serve_dhcp(network: Rc<Network>, socket: UdpSocket) {
-    let mut buffer = [0; 1500];
+/// A socket for DHCP that answers from an address.
+fn dhcp_socket(address: Ipv4Addr) -> std::io::Result<UdpSocket> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &std::net::SocketAddrV4::new(address, 67))?;
+    let socket = UdpSocket::from_std(socket.into())?;
+    socket.set_broadcast(true)?;
+    socket.bind_device(Some(BRIDGE.as_bytes()))?;
+    Ok(socket)
+}
+
+/// Hears on both sockets; answers from the one whose address the guest is told.
+async fn serve_dhcp(network: Rc<Network>, (any, from_metadata): (UdpSocket, UdpSocket)) {
+    let (mut first, mut second) = ([0; 1500], [0; 1500]);
     loop {
-        let Ok((count, _)) = socket.recv_from(&mut buffer).await else { continue };
+        let (heard, from) = tokio::select! {
+            heard = any.recv_from(&mut first) => match heard {
+                Ok((count, from)) => (&first[..count], from),
+                Err(_) => continue,
+            },
+            heard = from_metadata.recv_from(&mut second) => match heard {
+                Ok((count, from)) => (&second[..count], from),
+                Err(_) => continue,
+            },
+        };
         let find = |mac: Mac| network.members.borrow().get(&mac).map(|m| m.place.clone());
-        let answer = dhcp::answer(&network.plan, find, &buffer[..count]);
-        let Some(answer) = answer else { continue };
-        let _ = socket.send_to(&answer.packet, (Ipv4Addr::BROADCAST, 68)).await;
+        let Some(answer) = dhcp::answer(&network.plan, find, heard) else { continue };
+        let own = answer.server == METADATA;
+        let to = match from.ip() {
+            IpAddr::V4(ip) if own && !ip.is_unspecified() => ip,
+            IpAddr::V4(_) | IpAddr::V6(_) => Ipv4Addr::BROADCAST,
+        };
+        let socket = if own { &from_metadata } else { &any };
+        let _ = socket.send_to(&answer.packet, (to, 68)).await;
         if let Some(member) = answer.taken.as_ref().and_then(|m| {
             network.members.borrow().get(m).map(|m| (m.notices.clone(), m.place.address))
         }) {

@@ -21,6 +21,9 @@ pub struct NetPlan {
 
 pub const PREFIX: u8 = 24;
 pub const BRIDGE: &str = "br0";
+/// What the network's own addresses have on the wire; always the same, so that a guest that was
+/// moved finds its router where it was.
+pub const BRIDGE_MAC: &str = "52:55:55:55:55:55";
 /// Where guests look for metadata.
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 

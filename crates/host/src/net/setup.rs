@@ -7,7 +7,8 @@ use std::path::Path;
 
 use rustix::thread::UnshareFlags;
 
-use super::plan::{BRIDGE, METADATA, NetPlan, PREFIX};
+use super::guard;
+use super::plan::{BRIDGE, BRIDGE_MAC, METADATA, NetPlan, PREFIX};
 use crate::paths::find_program;
 use crate::proc::{Tool, ToolError};
 
@@ -42,7 +43,7 @@ pub(crate) fn enter_namespace(rootless: bool) -> Result<(), SetupError> {
 pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), SetupError> {
     let mut batch = format!(
         "link set lo up\n\
-         link add {BRIDGE} type bridge stp_state 0 forward_delay 0\n\
+         link add {BRIDGE} address {BRIDGE_MAC} type bridge stp_state 0 forward_delay 0\n\
          addr add {gateway}/{PREFIX} dev {BRIDGE}\n\
          addr add {names}/{PREFIX} dev {BRIDGE}\n\
          addr add {script}/{PREFIX} dev {BRIDGE}\n\
@@ -68,6 +69,7 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
         rules += "  oifname \"tap0\" masquerade\n";
     }
     rules += " }\n}\n";
+    rules += guard::TABLE;
     ip(&batch).await?;
     nft(&rules).await?;
     let forward = Path::new("/proc/sys/net/ipv4/ip_forward");
@@ -114,7 +116,7 @@ async fn ip(batch: &str) -> Result<(), SetupError> {
     Ok(Tool::new(program).args(["-batch", "-"]).feed(batch.as_bytes()).await?)
 }
 
-async fn nft(rules: &str) -> Result<(), SetupError> {
+pub(super) async fn nft(rules: &str) -> Result<(), SetupError> {
     let program = find_program("nft").ok_or(SetupError::Missing("nft", "nftables"))?;
     Ok(Tool::new(program).args(["-f", "-"]).feed(rules.as_bytes()).await?)
 }

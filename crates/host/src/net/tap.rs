@@ -21,7 +21,7 @@ const IFF_VNET_HDR: i32 = 0x4000;
 /// The header of virtio 1.0, with the count of merged buffers.
 const VNET_HEADER: i32 = 12;
 
-fn request(name: &str) -> io::Result<libc::ifreq> {
+pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: all bytes zero is a valid `ifreq`: a name and plain numbers.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
@@ -33,7 +33,7 @@ fn request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-fn ioctl(fd: i32, code: libc::c_ulong, argument: *mut libc::c_void) -> io::Result<()> {
+pub(super) fn ioctl(fd: i32, code: libc::c_ulong, argument: *mut libc::c_void) -> io::Result<()> {
     // SAFETY: every caller passes the structure that its code takes, alive through the call.
     match unsafe { libc::ioctl(fd, code, argument) } {
         -1 => Err(io::Error::last_os_error()),

@@ -1,10 +1,12 @@
 //! What daemon and warden say to each other: JSON lines on the warden's socket.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use lodge_machine::host::Wrote;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Tap;
+use crate::backend::{ScreenPort, Tap};
 
 /// The warden's first and only line on its standard output.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +37,10 @@ pub enum Tell {
     Tap {
         error: Option<String>,
     },
+    /// The guest has written into its metadata.
+    Wrote {
+        wrote: Wrote,
+    },
 }
 
 /// What has happened so far.
@@ -44,6 +50,12 @@ pub struct Status {
     pub pid: u32,
     pub ready: bool,
     pub panic: Option<String>,
+    /// Where the screen can be seen.
+    #[serde(default)]
+    pub screen: Option<SocketAddr>,
+    /// What the guest has written since its metadata was last set.
+    #[serde(default)]
+    pub wrote: Vec<Wrote>,
 }
 
 /// How the hypervisor ended. Kept in a file for daemons that were not there.
@@ -84,6 +96,12 @@ pub enum Ask {
     Tap { tap: Tap },
     /// Give an interface back to its network.
     Untap { interface: String },
+    /// Send the hypervisor a signal.
+    Signal { signal: i32 },
+    /// Read the metadata again.
+    Mdata,
+    /// Listen elsewhere for those who want to see the screen.
+    Screen { at: Option<ScreenPort> },
 }
 
 pub fn socket(run: &Path) -> PathBuf {

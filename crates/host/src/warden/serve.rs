@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use lodge_jail::cgroup;
 use lodge_machine::store::now_us;
+use lodge_spec::extras::Mdata;
 use regex_lite::Regex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -17,13 +18,19 @@ use super::console::{Log, Sign, Watcher};
 use super::forward::{self, Guest};
 use super::message::{Ask, Exit, Status, Tell, exit_file};
 use super::start::Started;
+use super::{mdata, screen};
+use crate::backend::WardenPlan;
 use crate::fdpass::{self, Lines};
 use crate::net::client::{self, Notice};
 use crate::paths;
 
 /// What the parts of a warden share; one thread, so cells suffice.
-struct Shared {
-    status: RefCell<Status>,
+pub(super) struct Shared {
+    pub(super) plan: WardenPlan,
+    pub(super) status: RefCell<Status>,
+    pub(super) mdata: RefCell<Mdata>,
+    /// Lets in those who want to see the screen.
+    screen: RefCell<Option<tokio::task::JoinHandle<()>>>,
     log: RefCell<Log>,
     output: broadcast::Sender<Rc<[u8]>>,
     tells: broadcast::Sender<Tell>,
@@ -31,7 +38,7 @@ struct Shared {
 }
 
 impl Shared {
-    fn tell(&self, tell: Tell) {
+    pub(super) fn tell(&self, tell: Tell) {
         // Nobody may be connected; the status keeps what matters.
         let _ = self.tells.send(tell);
     }
@@ -57,11 +64,15 @@ pub(super) fn serve(started: Started) {
 }
 
 async fn run(started: Started) {
-    let Started { plan, pid, console, log, warden, attach, stderr, networks, listeners } = started;
+    let Started { plan, pid, console, log, warden, attach, stderr, networks, listeners, screen, mdata } =
+        started;
     let ready = plan.ready.as_deref().unwrap_or("");
     let regex = ready.strip_prefix("console:").and_then(|r| Regex::new(r).ok());
     // Room for the messages of a moment; a reader that falls behind skips.
     let shared = Rc::new(Shared {
+        plan: plan.clone(),
+        mdata: RefCell::default(),
+        screen: RefCell::default(),
         status: RefCell::new(Status { pid, ..Status::default() }),
         log: RefCell::new(Log::new(plan.console_log.clone(), log)),
         output: broadcast::channel(64).0,
@@ -70,6 +81,11 @@ async fn run(started: Started) {
     });
     let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
+    show(&shared, screen);
+    if let (Some(end), Some(ours)) = (&plan.mdata, mdata) {
+        mdata::read(&shared, &end.file);
+        tokio::task::spawn_local(mdata::serve(shared.clone(), ours));
+    }
     let watch = Watcher::new(regex);
     let console = tokio::task::spawn_local(read_console(shared.clone(), from_guest, watch));
     tokio::task::spawn_local(accept_attach(shared.clone(), attach, to_guest));
@@ -113,6 +129,19 @@ async fn run(started: Started) {
     tokio::time::sleep(Duration::from_millis(10)).await;
 }
 
+/// Lets people see the screen at a place, or nowhere.
+fn show(shared: &Rc<Shared>, listener: Option<std::net::TcpListener>) {
+    if let Some(task) = shared.screen.take() {
+        task.abort();
+    }
+    let address = listener.as_ref().and_then(|l| l.local_addr().ok());
+    shared.status.borrow_mut().screen = address;
+    if let (Some(listener), Some(screen)) = (listener, &shared.plan.screen) {
+        let serving = screen::serve(listener, screen.monitor.clone());
+        shared.screen.replace(Some(tokio::task::spawn_local(serving)));
+    }
+}
+
 /// Both directions of the console, which may be a socket or a terminal.
 fn split(console: OwnedFd) -> std::io::Result<(pipe::Receiver, pipe::Sender)> {
     let twin = console.try_clone()?;
@@ -122,7 +151,7 @@ fn split(console: OwnedFd) -> std::io::Result<(pipe::Receiver, pipe::Sender)> {
     ))
 }
 
-fn to_async(stream: std::os::unix::net::UnixStream) -> std::io::Result<UnixStream> {
+pub(super) fn to_async(stream: std::os::unix::net::UnixStream) -> std::io::Result<UnixStream> {
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
 }
@@ -213,7 +242,11 @@ async fn asked(shared: Rc<Shared>, stream: UnixStream) {
         tokio::select! {
             tell = tells.recv() => match tell {
                 Ok(tell) => if fdpass::send(&stream, &tell, None).await.is_err() { return },
-                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                // What was missed and matters is in the status.
+                Err(broadcast::error::RecvError::Lagged(_)) => {
+                    let status = Tell::Status(shared.status.borrow().clone());
+                    if fdpass::send(&stream, &status, None).await.is_err() { return }
+                }
                 Err(broadcast::error::RecvError::Closed) => return,
             },
             ask = lines.next::<Ask>(&stream) => match ask {
@@ -228,10 +261,24 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
     use std::os::fd::AsFd;
     match ask {
         Ask::Kill => {
-            let pid = shared.status.borrow().pid;
-            if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
-                // It is our child and not reaped yet, so the number is still its own.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            signal(shared, libc::SIGKILL);
+            true
+        }
+        Ask::Signal { signal: number } => {
+            signal(shared, number);
+            true
+        }
+        Ask::Mdata => {
+            if let Some(end) = &shared.plan.mdata {
+                mdata::read(shared, &end.file);
+            }
+            true
+        }
+        Ask::Screen { at } => {
+            let bound = at.map(screen::bind).transpose();
+            match bound {
+                Ok(listener) => show(shared, listener),
+                Err(why) => shared.mark("error", &why),
             }
             true
         }
@@ -259,6 +306,15 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
     }
 }
 
+fn signal(shared: &Shared, number: i32) {
+    let pid = shared.status.borrow().pid;
+    let signal = rustix::process::Signal::from_named_raw(number);
+    if let Some((pid, signal)) = rustix::process::Pid::from_raw(pid as i32).zip(signal) {
+        // It is our child and not reaped yet, so the number is still its own.
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
 /// Holds the connection that holds the interface, and hears of leases.
 fn watch_network(
     shared: &Rc<Shared>,
@@ -281,6 +337,7 @@ fn watch_network(
                 Notice::Attached
                 | Notice::Dialled
                 | Notice::Counted { .. }
+                | Notice::Guarded
                 | Notice::Refused { .. } => {}
             }
         }

@@ -13,7 +13,7 @@ use std::process::Stdio;
 use lodge_jail::cgroup;
 use lodge_spec::machine::Protocol;
 
-use super::message;
+use super::{message, screen};
 use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
 use crate::net::client;
 use crate::paths;
@@ -31,6 +31,9 @@ pub(super) struct Started {
     pub(super) stderr: std::process::ChildStderr,
     pub(super) networks: Vec<(String, UnixStream)>,
     pub(super) listeners: Vec<(Forward, Bound)>,
+    pub(super) screen: Option<TcpListener>,
+    /// Our end of the second serial port.
+    pub(super) mdata: Option<UnixStream>,
 }
 
 pub(super) enum Bound {
@@ -49,6 +52,7 @@ pub(super) fn start() -> Result<Started, String> {
     // A session of its own: what ends the daemon's session is not meant for the machine.
     rustix::process::setsid().map_err(text("leaving the session"))?;
     let listeners = bind_ports(&plan.ports)?;
+    let screen = plan.screen.as_ref().and_then(|s| s.at).map(screen::bind).transpose()?;
     let warden = listen(&message::socket(&plan.run))?;
     let attach = listen(&message::console_socket(&plan.run))?;
     // What a guest prints is its owner's alone.
@@ -67,6 +71,14 @@ pub(super) fn start() -> Result<Started, String> {
         place(listen(&socket.path)?, socket.fd)?;
     }
     let console = open_console(plan.console).map_err(text("console"))?;
+    let mdata = match &plan.mdata {
+        Some(end) => {
+            let (ours, theirs) = UnixStream::pair().map_err(text("second serial port"))?;
+            place(theirs, end.fd)?;
+            Some(ours)
+        }
+        None => None,
+    };
     let (status, theirs) = UnixStream::pair().map_err(text("status"))?;
     place(theirs, plan.jail.status_fd)?;
     let limits = &plan.cgroup;
@@ -80,7 +92,19 @@ pub(super) fn start() -> Result<Started, String> {
     let pid = await_entry(status, jail).map_err(|why| {
         format!("the jail did not close behind the hypervisor: {}", why_jail(why, &mut stderr))
     })?;
-    Ok(Started { plan, pid, console, log, warden, attach, stderr, networks, listeners })
+    Ok(Started {
+        plan,
+        pid,
+        console,
+        log,
+        warden,
+        attach,
+        stderr,
+        networks,
+        listeners,
+        screen,
+        mdata,
+    })
 }
 
 /// Makes the console and places the hypervisor's end; returns ours.
@@ -123,6 +147,12 @@ fn lent(plan: &WardenPlan) -> Vec<i32> {
     list
 }
 
+/// A port that somebody else has, and who.
+pub(super) fn taken(address: SocketAddr, protocol: Protocol) -> String {
+    let holder = crate::net::holder::of(address.port(), protocol);
+    format!("host port {address}/{protocol} is already in use by {holder}")
+}
+
 fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {
     let mut list = Vec::new();
     for port in ports {
@@ -132,11 +162,7 @@ fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {
             Protocol::Udp => UdpSocket::bind(address).map(Bound::Udp),
         };
         let bound = bound.map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => format!(
-                "host port {address}/{} is already in use by {}",
-                port.protocol,
-                crate::net::holder::of(port.host, port.protocol)
-            ),
+            io::ErrorKind::AddrInUse => taken(address, port.protocol),
             _ => format!("host port {address}/{} cannot be taken: {error}", port.protocol),
         })?;
         list.push((port.clone(), bound));

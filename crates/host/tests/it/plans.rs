@@ -27,7 +27,7 @@ pub(crate) fn facts(kvm: KvmFact, version: (u32, u32, u32)) -> Facts {
             program: Program { path: "/usr/bin/qemu-system-x86_64".into(), files: Vec::new() },
             version,
             boards: set(&["microvm", "q35", "pc"]),
-            devices: BTreeSet::new(),
+            devices: set(&["VGA", "cirrus-vga"]),
             accels: set(&["kvm", "tcg"]),
             data: Vec::new(),
             uefi: Some(("/ovmf/code.fd".into(), "/ovmf/vars.fd".into())),
@@ -65,6 +65,9 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
         kept: false,
         layers: match &disk.source {
             DiskSource::Path(path) => vec![layer(path.to_str().unwrap(), DiskFormat::Raw)],
+            DiskSource::Own(path) => {
+                vec![layer(&format!("/m/own/{}", path.display()), DiskFormat::Raw)]
+            }
             DiskSource::Above(path) => vec![
                 layer("/m/top.qcow2", DiskFormat::Qcow2),
                 layer(path.to_str().unwrap(), DiskFormat::Raw),
@@ -204,6 +207,68 @@ fn firmware_disks_and_hotplug_room_under_kvm() {
             -serial chardev:console
         "#]],
     );
+}
+
+#[test]
+fn a_screen_a_second_serial_port_and_a_name_for_the_guest() {
+    check(
+        "disks: [{size: 1GiB}, {source: 'own:/image.iso', media: cdrom}, {source: 'own:/d.img', \
+         bus: ide, first: true}]\n\
+         boot: {order: [disk, cdrom], once: cdrom}\n\
+         display: {vga: cirrus, password: secret}\n\
+         smbios: {manufacturer: Joyent, product: 'SmartDC HVM', family: 'a,b'}\n\
+         mdata: {customer: {k: v}}\nnics: []",
+        &facts(KvmFact::Absent { why: "there is no /dev/kvm".into() }, (7, 2, 22)),
+        expect![[r#"
+            -machine type=pc
+            -accel tcg,thread=multi
+            -cpu max
+            -smp cpus=1,maxcpus=1,sockets=1,cores=1,threads=1
+            -m size=512M
+            -boot order=cd,once=d,menu=off
+            -object rng-builtin,id=rng0
+            -device virtio-rng-pci,rng=rng0
+            -device virtio-balloon-pci,id=balloon0,deflate-on-oom=on
+            -add-fd fd=100,set=1
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-0","read-only":false}
+            -blockdev {"backing":null,"discard":"unmap","driver":"qcow2","file":"f-disk0-0","node-name":"d-disk0","read-only":false}
+            -device virtio-blk-pci,id=disk-disk0,drive=d-disk0,serial=disk0
+            -add-fd fd=101,set=2
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk1-0","read-only":true}
+            -blockdev {"discard":"unmap","driver":"raw","file":"f-disk1-0","node-name":"d-disk1","read-only":true}
+            -device ide-cd,id=disk-disk1,drive=d-disk1,serial=disk1,bus=ide.0,unit=0
+            -add-fd fd=102,set=3
+            -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/3","node-name":"f-disk2-0","read-only":false}
+            -blockdev {"discard":"unmap","driver":"raw","file":"f-disk2-0","node-name":"d-disk2","read-only":false}
+            -device ide-hd,id=disk-disk2,drive=d-disk2,serial=disk2,bus=ide.0,unit=1,bootindex=0
+            -smbios type=1,manufacturer=Joyent,product=SmartDC HVM,family=a,,b
+            -device cirrus-vga
+            -usb
+            -device usb-tablet
+            -object secret,id=vnc,format=raw,file=/vnc-password
+            -vnc none,password-secret=vnc
+            -chardev socket,id=qmp,fd=103,server=on,wait=off
+            -mon chardev=qmp,mode=control
+            -chardev socket,id=console,fd=104
+            -serial chardev:console
+            -chardev socket,id=mdata,fd=105
+            -serial chardev:mdata
+            -chardev socket,id=screen,fd=106,server=on,wait=off
+            -mon chardev=screen,mode=control
+        "#]],
+    );
+    let launched = launch(
+        "uuid: 00010000-0000-4000-8000-000000000000\ndisplay: {password: secret}\nnics: []",
+        &facts(KvmFact::Absent { why: "there is no /dev/kvm".into() }, (7, 2, 22)),
+    );
+    let screen = launched.warden.screen.clone().unwrap().at.unwrap();
+    assert_eq!((screen.port, screen.or_next), (20_001, true));
+    // What the plan says is shown to people; the password is not in it.
+    assert!(!serde_json::to_string(&launched).unwrap().contains("secret\""), "{launched:?}");
+    let lacks = refusal("board: microvm\nboot: {kernel: /k}\ndisplay: {}", &{
+        facts(KvmFact::Absent { why: "there is no /dev/kvm".into() }, (7, 2, 22))
+    });
+    assert!(lacks.contains("display: qemu: the microvm board lacks a screen"), "{lacks}");
 }
 
 fn has(text: &str, facts: &Facts, part: &str) -> bool {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use lodge_machine::Seen;
 use lodge_machine::host::Command;
 use lodge_spec::machine::{Accel, Board, Disk, DiskBus, Nic};
+use lodge_spec::request::Question;
 use lodge_spec::state::Traffic;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
@@ -62,6 +63,44 @@ impl Control {
             Command::Reset => "system_reset",
         };
         self.qmp.ask(name, Value::Null).await.map(drop)
+    }
+
+    /// What QEMU answers to a question, as it is.
+    pub async fn question(&self, question: Question) -> Result<Value, QmpError> {
+        let command = match question {
+            Question::Block => "query-block",
+            Question::BlockStats => "query-blockstats",
+            Question::Chardev => "query-chardev",
+            Question::Cpus => "query-cpus-fast",
+            Question::Kvm => "query-kvm",
+            Question::Pci => "query-pci",
+            Question::Status => "query-status",
+            Question::Version => "query-version",
+            Question::Vnc => "query-vnc",
+        };
+        self.qmp.ask(command, Value::Null).await
+    }
+
+    pub async fn nmi(&self) -> Result<(), QmpError> {
+        self.qmp.ask("inject-nmi", Value::Null).await.map(drop)
+    }
+
+    /// Writes the screen into a file as PPM. A key is pressed first, which wakes a blank one.
+    pub async fn screenshot(&self, file: OwnedFd) -> Result<(), QmpError> {
+        let shift = json!({"keys": [{"type": "qcode", "data": "shift"}]});
+        self.qmp.ask("send-key", shift).await?;
+        let added = self.qmp.ask_with_fd("add-fd", json!({}), file.as_fd()).await?;
+        let set = added["fdset-id"].clone();
+        let named = json!({"filename": format!("/dev/fdset/{set}")});
+        let done = self.qmp.ask("screendump", named).await.map(drop);
+        let _ = self.qmp.ask("remove-fd", json!({"fdset-id": set})).await;
+        done
+    }
+
+    /// What viewers of the screen are asked for from now on.
+    pub async fn set_vnc_password(&self, password: &str) -> Result<(), QmpError> {
+        let arguments = json!({"protocol": "vnc", "password": password});
+        self.qmp.ask("set_password", arguments).await.map(drop)
     }
 
     /// What the disks have carried since the start.

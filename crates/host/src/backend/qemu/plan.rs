@@ -2,6 +2,7 @@
 //! the same machine, survey and facts give the same plan, on any host.
 
 mod devices;
+mod extras;
 
 pub(crate) use devices::{block_nodes, disk_device, nic_device};
 
@@ -39,6 +40,9 @@ pub fn features(board: Board, qemu: &QemuFacts) -> Vec<Feature> {
             Feature::CpuHotplug,
             Feature::MemoryHotplug,
             Feature::Shares,
+            Feature::Display,
+            Feature::Smbios,
+            Feature::SecondSerial,
         ]),
     }
     if board == Board::Q35 && qemu.uefi.is_some() {
@@ -66,6 +70,7 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     processor(&mut args, machine, accel, board, qemu, facts);
     boot(&mut args, machine, survey, accel, board, qemu, facts.tsc_khz);
     devices::all(&mut args, machine, survey);
+    extras::all(&mut args, machine, survey);
     let calls = vec![json!({"execute": "qmp_capabilities"}), json!({"execute": "query-status"})];
     let warden = warden(machine, survey, facts, qemu, args, accel);
     let board = Some(board);
@@ -118,6 +123,7 @@ fn choose_board(
             Board::Microvm => list.extend(microvm_obstacles(survey)),
             Board::Q35 | Board::Pc => list.extend(pci_obstacle(survey, board)),
         }
+        list.extend(extras::obstacle(machine, qemu));
         if !qemu.has_board(board) {
             let why = format!("QEMU {} has no {board} board", qemu.version_text());
             list.push(Unsupported::new("board", QEMU, why));
@@ -306,9 +312,16 @@ fn warden(
     let console_fd = args.next_fd();
     args.add("-chardev", format!("socket,id=console,fd={console_fd}"));
     args.add("-serial", "chardev:console");
+    let mdata = extras::second_serial(&mut args, machine, survey);
+    let screen = extras::screen(&mut args, machine, survey);
     let status_fd = args.next_fd();
     let Arguments { argv, binds, files, taps, mut kept, .. } = args;
     kept.extend([qmp_fd, console_fd]);
+    let mut sockets = vec![Listen { fd: qmp_fd, path: survey.run.join("qmp.sock") }];
+    let screen = screen.map(|(screen, fd)| {
+        sockets.push(Listen { fd, path: screen.monitor.clone() });
+        screen
+    });
     let all = inside(qemu, accel, binds);
     let id = machine.id;
     let jail = JailPlan {
@@ -335,9 +348,11 @@ fn warden(
         console_log: survey.state.join("console.log"),
         console: ConsoleEnd::Socket(console_fd),
         files,
-        sockets: vec![Listen { fd: qmp_fd, path: survey.run.join("qmp.sock") }],
+        sockets,
         taps: taps.into_iter().map(|(fd, index)| Tap::of(machine, survey, fd, index)).collect(),
         ports: Forward::all(machine),
+        screen,
+        mdata,
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,

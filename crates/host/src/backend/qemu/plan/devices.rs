@@ -217,7 +217,10 @@ fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootD
         Media::Disk => BootDevice::Disk,
         Media::Cdrom => BootDevice::Cdrom,
     };
-    device.push_str(&boot_index(boots, kind, args.files.len()));
+    match disk.first {
+        true => device.push_str(",bootindex=0"),
+        false => device.push_str(&boot_index(boots, kind, args.files.len())),
+    }
     args.add("-device", device);
 }
 

@@ -1,0 +1,95 @@
+//! What most machines do without, as QEMU arguments: a screen with its keyboard and pointer, a
+//! second serial port, a name for the guest to see.
+
+use lodge_spec::extras::{Display, Smbios, Vga};
+use lodge_spec::machine::{BackendKind, Machine};
+
+use super::devices::Arguments;
+use crate::backend::qemu::QemuFacts;
+use crate::backend::{MdataEnd, Screen, Survey, Unsupported};
+
+/// The file with the screen's password, inside.
+const PASSWORD: &str = "/vnc-password";
+
+const fn device(vga: Vga) -> &'static str {
+    match vga {
+        Vga::Std => "VGA",
+        Vga::Cirrus => "cirrus-vga",
+        Vga::Vmware => "vmware-svga",
+        Vga::Qxl => "qxl-vga",
+        Vga::Virtio => "virtio-vga",
+    }
+}
+
+/// A card that this QEMU does not have.
+pub(super) fn obstacle(machine: &Machine, qemu: &QemuFacts) -> Option<Unsupported> {
+    let vga = machine.display.as_ref()?.vga;
+    let name = device(vga);
+    let why = || format!("this QEMU has no {vga} graphics card ({name})");
+    (!qemu.devices.contains(name))
+        .then(|| Unsupported::new("display.vga", BackendKind::Qemu, why()))
+}
+
+pub(super) fn all(args: &mut Arguments, machine: &Machine, survey: &Survey) {
+    if let Some(smbios) = &machine.smbios {
+        args.add("-smbios", identity(smbios));
+    }
+    let Some(Display { vga, vnc }) = &machine.display else { return };
+    args.add("-device", device(*vga));
+    // The pointer of a screen that is looked at from afar has a place, not a movement.
+    args.flag("-usb");
+    args.add("-device", "usb-tablet");
+    let mut listen = "none".to_owned();
+    if vnc.as_ref().is_some_and(|vnc| vnc.password.is_some()) {
+        args.bind_file(PASSWORD, &survey.run.join("vnc-password"));
+        args.add("-object", format!("secret,id=vnc,format=raw,file={PASSWORD}"));
+        listen.push_str(",password-secret=vnc");
+    }
+    args.add("-vnc", listen);
+}
+
+fn identity(smbios: &Smbios) -> String {
+    let Smbios { manufacturer, product, version, serial, sku, family } = smbios;
+    let fields = [
+        ("manufacturer", manufacturer),
+        ("product", product),
+        ("version", version),
+        ("serial", serial),
+        ("sku", sku),
+        ("family", family),
+    ];
+    let mut option = "type=1".to_owned();
+    for (name, value) in fields.into_iter().filter(|(_, value)| !value.is_empty()) {
+        // Two commas are one within a value.
+        option.push_str(&format!(",{name}={}", value.replace(',', ",,")));
+    }
+    option
+}
+
+/// A serial port for metadata; whoever made the other end answers on it.
+pub(super) fn second_serial(
+    args: &mut Arguments,
+    machine: &Machine,
+    survey: &Survey,
+) -> Option<MdataEnd> {
+    machine.mdata.as_ref()?;
+    let fd = args.next_fd();
+    args.kept.push(fd);
+    args.add("-chardev", format!("socket,id=mdata,fd={fd}"));
+    args.add("-serial", "chardev:mdata");
+    Some(MdataEnd { fd, file: MdataEnd::file(&survey.run) })
+}
+
+/// A second monitor, over which those who want to see the screen are handed in.
+pub(super) fn screen(
+    args: &mut Arguments,
+    machine: &Machine,
+    survey: &Survey,
+) -> Option<(Screen, i32)> {
+    let screen = Screen::of(machine, &survey.run)?;
+    let fd = args.next_fd();
+    args.kept.push(fd);
+    args.add("-chardev", format!("socket,id=screen,fd={fd},server=on,wait=off"));
+    args.add("-mon", "chardev=screen,mode=control");
+    Some((screen, fd))
+}

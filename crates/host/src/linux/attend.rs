@@ -1,0 +1,172 @@
+//! What is done for a machine beside its life: its folder, questions to its hypervisor, its
+//! screen, and what it takes over of a new description while it runs.
+
+use std::fs;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::path::Path;
+
+use lodge_spec::machine::Machine;
+use lodge_spec::names::MachineId;
+use lodge_spec::request::Question;
+use serde_json::{Map, Value, json};
+
+use super::Linux;
+use super::drive::Drive;
+use super::launch::write_mdata;
+use super::live::{Live, Warden};
+use crate::backend::qemu::control::Control;
+use crate::backend::Screen;
+use crate::net::client;
+use crate::paths::{self, Paths};
+use crate::warden::message::Ask;
+
+/// Brings what a machine has between its runs in line with its description.
+pub(super) fn settle(paths: &Paths, machine: &Machine) -> Result<(), String> {
+    let text = |path: &Path| {
+        let path = path.display().to_string();
+        move |e: std::io::Error| format!("{path}: {e}")
+    };
+    let home = paths.machine(machine.id);
+    if machine.own_folder {
+        let (zone, root) = (paths.zone(machine.id), paths.own_folder(machine.id));
+        let tmp = root.join("tmp");
+        for (path, mode) in [
+            (&home, 0o711),
+            (&zone, 0o755),
+            (&zone.join("config"), 0o755),
+            (&root, 0o755),
+            (&tmp, 0o1777),
+        ] {
+            paths::make_dir(path).map_err(text(path))?;
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(text(path))?;
+        }
+        link_zone(paths, machine.id, &zone);
+    }
+    for entry in fs::read_dir(&home).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let disk = path.extension().is_some_and(|e| e == "qcow2" || e == "raw");
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if disk && machine.disks.iter().all(|d| d.name.as_str() != stem) {
+            fs::remove_file(&path).map_err(text(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The folder where people look for it; where that may not be made, `inspect` tells the real one.
+fn link_zone(paths: &Paths, id: MachineId, zone: &Path) {
+    let zones = paths.zones();
+    let link = zones.join(id.to_string());
+    if fs::symlink_metadata(&link).is_ok() {
+        return;
+    }
+    let made = fs::create_dir_all(&zones)
+        .and_then(|()| fs::set_permissions(&zones, fs::Permissions::from_mode(0o755)));
+    if made.is_ok() {
+        let _ = symlink(zone, link);
+    }
+}
+
+impl Linux {
+    fn qemu(&self, id: MachineId, what: &str) -> Result<(Live, Control), String> {
+        let live = self.live(id)?;
+        match live.drive.clone() {
+            Drive::Qemu(control) => Ok((live, control)),
+            Drive::Firecracker(_) | Drive::CloudHypervisor(_) => {
+                Err(format!("{} has no {what}", live.launch.backend))
+            }
+        }
+    }
+
+    /// What the hypervisor says of itself, a member for each question.
+    pub async fn monitor(&self, id: MachineId, questions: &[Question]) -> Result<Value, String> {
+        let mut said = Map::new();
+        for question in questions {
+            let value = match question {
+                Question::Vnc => self.screen_place(id).await?,
+                Question::Block
+                | Question::BlockStats
+                | Question::Chardev
+                | Question::Cpus
+                | Question::Kvm
+                | Question::Pci
+                | Question::Status
+                | Question::Version => {
+                    let (_, control) = self.qemu(id, "monitor that could be asked")?;
+                    control.question(*question).await.map_err(|e| e.to_string())?
+                }
+            };
+            said.insert(question.to_string(), value);
+        }
+        Ok(Value::Object(said))
+    }
+
+    /// Where the screen of a running machine can be seen; null where it cannot.
+    async fn screen_place(&self, id: MachineId) -> Result<Value, String> {
+        let live = self.live(id)?;
+        let warden = Warden::connect(&live.launch.warden.run).await?;
+        let place = |at: std::net::SocketAddr| json!({"host": at.ip(), "port": at.port()});
+        Ok(warden.status.screen.map_or(Value::Null, place))
+    }
+
+    pub async fn nmi(&self, id: MachineId) -> Result<(), String> {
+        let (_, control) = self.qemu(id, "such interrupt")?;
+        control.nmi().await.map_err(|e| e.to_string())
+    }
+
+    /// Puts what is on the screen into the machine's own folder; returns the file.
+    pub async fn screenshot(&self, id: MachineId) -> Result<String, String> {
+        let (_, control) = self.qemu(id, "screen")?;
+        let folder = self.paths.own_folder(id).join("tmp");
+        let folder = if folder.is_dir() { folder } else { self.paths.machine(id) };
+        let path = folder.join("vm.ppm");
+        // A new file each time, so that nothing that lies there is followed or half overwritten.
+        let _ = fs::remove_file(&path);
+        let file = fs::File::options().create_new(true).write(true).mode(0o644).open(&path);
+        let file = file.map_err(|e| format!("{}: {e}", path.display()))?;
+        control.screenshot(file.into()).await.map_err(|e| e.to_string())?;
+        Ok(path.display().to_string())
+    }
+
+    /// Sends the hypervisor a signal, as its parent does.
+    pub async fn signal(&self, id: MachineId, signal: i32) -> Result<(), String> {
+        self.live(id)?.ask(Ask::Signal { signal }).await
+    }
+}
+
+impl Live {
+    /// Takes over what can be taken over while the guest runs: metadata, where and to whom the
+    /// screen is shown, what interfaces may send.
+    pub(super) async fn refresh(&self, machine: &Machine) -> Result<(), String> {
+        let plan = &self.launch.warden;
+        if let Some(end) = plan.mdata.as_ref().filter(|_| machine.mdata.is_some()) {
+            write_mdata(machine, &end.file).map_err(|e| format!("metadata: {e}"))?;
+            self.ask(Ask::Mdata).await?;
+        }
+        let screen = Screen::of(machine, &plan.run);
+        if let (Some(new), Some(_)) = (&screen, &plan.screen) {
+            let mut shown = self.shown.lock().await;
+            if *shown != new.at {
+                self.ask(Ask::Screen { at: new.at }).await?;
+                *shown = new.at;
+            }
+            let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
+            let password = vnc.and_then(|vnc| vnc.password.as_deref());
+            if let (Some(password), Drive::Qemu(control)) = (password, &self.drive) {
+                // Refused where the machine was started without one; its next start has it.
+                let _ = control.set_vnc_password(password).await;
+            }
+        }
+        for tap in &plan.taps {
+            let nic = machine.nics.iter().find(|nic| nic.mac == tap.mac);
+            let Some(guard) = nic.and_then(|nic| nic.guard.as_ref()) else { continue };
+            let new = crate::backend::Tap { guard: Some(guard.to_draft()), ..tap.clone() };
+            let mut guarded = self.guarded.lock().await;
+            if guarded.get(&tap.mac).or(tap.guard.as_ref()) != new.guard.as_ref() {
+                client::guard(new.clone()).await?;
+                guarded.extend(new.guard.map(|guard| (tap.mac, guard)));
+            }
+        }
+        Ok(())
+    }
+}
