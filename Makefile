@@ -37,6 +37,7 @@ bench:
 
 install: build
 	install -D -m 0755 target/release/lodge $(DESTDIR)/usr/local/bin/lodge
+	ln -sf lodge $(DESTDIR)/usr/local/bin/vmadm
 	install -D -m 0755 target/release/lodge-jail $(DESTDIR)/usr/local/bin/lodge-jail
 	install -D -m 0644 dist/lodge.service $(DESTDIR)/etc/systemd/system/lodge.service
 	install -D -m 0644 dist/lodge.socket $(DESTDIR)/etc/systemd/system/lodge.socket

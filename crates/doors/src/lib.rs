@@ -4,3 +4,4 @@
 pub mod connect;
 pub mod control;
 pub mod native;
+pub mod vmadm;

@@ -80,6 +80,31 @@ pub fn read(mut input: impl Read + Seek) -> Result<Header, Error> {
     })
 }
 
+/// Makes an image larger where it lies, if its table of tables has room: one cluster of it covers
+/// 4 TiB. Guest data stays as it is; an image that is as large already is left alone.
+pub fn grow(mut file: impl Read + Write + Seek, virtual_size: u64) -> Result<(), Error> {
+    let header = read(&mut file)?;
+    if header.virtual_size >= virtual_size {
+        return Ok(());
+    }
+    let mut fields = [0; 24];
+    file.seek(SeekFrom::Start(20))?;
+    file.read_exact(&mut fields)?;
+    let bits = u32::from_be_bytes(fields[..4].try_into().expect("4 bytes"));
+    let entries = u32::from_be_bytes(fields[16..20].try_into().expect("4 bytes"));
+    let cluster = 1_u64 << bits;
+    let room = (u64::from(entries) * 8).div_ceil(cluster).max(1) * cluster / 8;
+    let wanted = virtual_size.div_ceil(cluster * (cluster / 8));
+    if wanted > room || virtual_size > MAX_SIZE {
+        return Err(Error::Damaged("its table has no room for so large a disk"));
+    }
+    file.seek(SeekFrom::Start(24))?;
+    file.write_all(&virtual_size.to_be_bytes())?;
+    file.seek(SeekFrom::Start(36))?;
+    file.write_all(&(wanted as u32).to_be_bytes())?;
+    Ok(())
+}
+
 /// Writes an empty image of `virtual_size` bytes; `backing` is the path and the format (`raw`,
 /// `qcow2`) of the image below it. Starts at the writer's beginning; takes four clusters.
 pub fn write_empty(

@@ -5,6 +5,7 @@ mod attend;
 mod drive;
 mod launch;
 mod live;
+mod snapshots;
 pub mod objects;
 mod usage;
 
@@ -122,8 +123,13 @@ impl Linux {
 }
 
 impl Host for Linux {
-    async fn check(&self, machine: &Machine) -> Result<(), Problems> {
-        let Err(lacks) = self.plan(machine).await?.chosen() else { return Ok(()) };
+    async fn check(&self, machine: &Machine, now: bool) -> Result<(), Problems> {
+        let choice = match self.plan(machine).await {
+            Ok(choice) => choice,
+            Err(problems) if now => return Err(problems),
+            Err(problems) => return attend::without_media(machine, problems).or(()),
+        };
+        let Err(lacks) = choice.chosen() else { return Ok(()) };
         // What the host lacks as a whole may be added before the start; a field that nothing here
         // can do is refused at once.
         let problems = lacks.into_iter().filter(|u| u.is_about_field());

@@ -187,6 +187,21 @@ fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     part.persist(path).map(drop).map_err(|e| e.error)
 }
 
+/// Bytes that the file system of a folder holds, used and free.
+pub fn capacity(folder: &Path) -> u64 {
+    rustix::fs::statvfs(folder).map_or(0, |found| found.f_blocks.saturating_mul(found.f_frsize))
+}
+
+/// Identifies this installation of the host, in the form of a UUID.
+pub fn host_id() -> String {
+    let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let id = id.trim();
+    match id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
+        true => [&id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]].join("-"),
+        false => "00000000-0000-0000-0000-000000000000".to_owned(),
+    }
+}
+
 /// Identifies this boot of the host.
 pub fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();

@@ -97,6 +97,16 @@ impl Answer {
                 let path = self.keeper.host().screenshot(id).await.map_err(Refusal::failed)?;
                 Ok(Reply::Document { value: json!({"path": path}) })
             }
+            Request::Snapshot { target, name, verb } => {
+                let record = self.record(&target)?;
+                let host = self.keeper.host();
+                let value = host.snapshot(&record.machine, record.life.state, &name, verb).await;
+                Ok(Reply::Document { value: value.map_err(Refusal::failed)? })
+            }
+            Request::DiskFiles { target } => {
+                let value = self.keeper.host().disk_files(&self.record(&target)?.machine);
+                Ok(Reply::Document { value })
+            }
             Request::Signal { target, signal } => {
                 let id = self.record(&target)?.machine.id;
                 self.keeper.host().signal(id, signal).await.map_err(Refusal::failed)?;

@@ -20,7 +20,7 @@ use lodge_spec::state::{Event, Summary};
 use lodge_spec::{Bytes, document};
 use serde_json::{Value, json};
 
-use crate::{client, console, daemon};
+use crate::{client, console, daemon, vmadm};
 
 const TIMED_OUT: u8 = 124;
 
@@ -30,6 +30,7 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Serve(how) => return daemon::serve(how).map(|()| ExitCode::SUCCESS),
         Verb::Completions { shell } => return completions(shell),
         Verb::Man { folder } => return man(folder),
+        Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
         Verb::Schema => return print(&document::schema_text()),
         _ => {}
     }
@@ -165,7 +166,8 @@ impl Session {
             Verb::Gc { dry_run } => self.collect(dry_run).await,
             Verb::Image(image) => self.image(image).await,
             Verb::Assets(Assets::Install { folder, image }) => self.assets(&folder, &image).await,
-            Verb::Serve(_) | Verb::Completions { .. } | Verb::Man { .. } | Verb::Schema => {
+            Verb::Serve(_)
+            | Verb::Vmadm { .. } | Verb::Completions { .. } | Verb::Man { .. } | Verb::Schema => {
                 unreachable!("handled before there was a session")
             }
         }

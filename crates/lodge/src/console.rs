@@ -66,6 +66,41 @@ impl Escape {
 }
 
 pub(crate) async fn attach(socket: &Path, name: &str) -> Result<()> {
+    connect(socket, name, Leave::Tilde(Escape::default())).await
+}
+
+/// The same, left by one key.
+pub(crate) async fn attach_until(socket: &Path, name: &str, key: u8) -> Result<()> {
+    connect(socket, name, Leave::Key(key)).await
+}
+
+/// How a terminal is taken back.
+enum Leave {
+    Tilde(Escape),
+    Key(u8),
+}
+
+impl Leave {
+    fn describe(&self) -> String {
+        match self {
+            Leave::Tilde(_) => "~.".into(),
+            Leave::Key(key) => format!("Ctrl-{}", char::from(key | 0x40)),
+        }
+    }
+
+    /// What goes to the guest, and whether to leave.
+    fn pass(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
+        match self {
+            Leave::Tilde(escape) => escape.pass(typed),
+            Leave::Key(key) => match typed.iter().position(|byte| byte == key) {
+                Some(at) => (typed[..at].to_vec(), true),
+                None => (typed.to_vec(), false),
+            },
+        }
+    }
+}
+
+async fn connect(socket: &Path, name: &str, mut leave: Leave) -> Result<()> {
     let stream = UnixStream::connect(socket).await.with_context(|| {
         format!("{name} has no console; is it running? `lodge logs {name}` shows the past")
     })?;
@@ -73,11 +108,11 @@ pub(crate) async fn attach(socket: &Path, name: &str) -> Result<()> {
     let (mut from_guest, mut to_guest) = stream.into_split();
     let mut stderr = tokio::io::stderr();
     if terminal {
-        stderr.write_all(format!("Connected to {name}; ~. leaves.\r\n").as_bytes()).await?;
+        let how = leave.describe();
+        stderr.write_all(format!("Connected to {name}; {how} leaves.\r\n").as_bytes()).await?;
     }
     let _raw = Raw::enter();
     let (mut stdin, mut stdout) = (tokio::io::stdin(), tokio::io::stdout());
-    let mut escape = Escape::default();
     let (mut typed, mut shown) = ([0; 1024], [0; 8192]);
     let mut typing = true;
     loop {
@@ -98,9 +133,9 @@ pub(crate) async fn attach(socket: &Path, name: &str) -> Result<()> {
                 // The end of a script is not the end of the console.
                 0 => typing = false,
                 count => {
-                    let (out, leave) = escape.pass(&typed[..count]);
+                    let (out, done) = leave.pass(&typed[..count]);
                     to_guest.write_all(&out).await?;
-                    if leave {
+                    if done {
                         break;
                     }
                 }

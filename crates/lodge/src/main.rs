@@ -9,6 +9,7 @@ mod daemon;
 mod doctor;
 mod otlp;
 mod settings;
+mod vmadm;
 
 use std::io::Write;
 use std::path::Path;
@@ -25,7 +26,14 @@ fn main() -> ExitCode {
         }
         (_, _, _) => {}
     }
-    match command::main() {
+    let words: Vec<String> =
+        args.iter().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    let called = text(0).and_then(|name| name.rsplit('/').next());
+    let done = match called {
+        Some("vmadm") => vmadm::main("vmadm", &words),
+        Some(_) | None => command::main(),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             // A reader that went away (`lodge ls | head`) is no error.

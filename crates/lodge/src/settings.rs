@@ -7,20 +7,37 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{Foreign, Quota, Tenants, Token};
-use lodge_host::paths::Paths;
+use lodge_doors::vmadm;
+use lodge_host::paths::{Paths, host_id};
 use lodge_spec::Bytes;
 use lodge_spec::machine::{Accel, BackendKind};
+use lodge_spec::names::NetName;
 use serde::Deserialize;
 
 const DEFAULT_PORT: u16 = 8080;
 /// Where the guide of the Connect door has its kernels and disks.
 const DEFAULT_ASSETS: [&str; 2] = ["/opt/vm-assets", "/data"];
 
+/// Links that everybody has.
+const DEFAULT_TAGS: [&str; 2] = ["admin", "external"];
+
 /// The settings file. Unknown keys are refused.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct File {
     metald: MetaldFile,
+    vmadm: VmadmFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct VmadmFile {
+    /// Host address on which screens are shown.
+    vnc_address: Option<IpAddr>,
+    /// Told to guests as the name of this place.
+    datacenter_name: Option<String>,
+    /// Names of links, each with the network that it stands for.
+    nic_tags: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -115,14 +132,37 @@ pub(crate) struct Flags {
     pub(crate) insecure: bool,
 }
 
-/// Reads the instance's settings; a file that is not there is an empty one.
-pub(crate) fn read(paths: &Paths, flags: &Flags) -> Result<Metald> {
+/// The settings file; one that is not there is an empty one.
+fn file(paths: &Paths) -> Result<File> {
     let path = paths.settings();
-    let file: File = match std::fs::read_to_string(&path) {
-        Ok(text) => toml::from_str(&text).with_context(|| path.display().to_string())?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => File::default(),
-        Err(e) => return Err(e).with_context(|| path.display().to_string()),
+    match std::fs::read_to_string(&path) {
+        Ok(text) => toml::from_str(&text).with_context(|| path.display().to_string()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(File::default()),
+        Err(e) => Err(e).with_context(|| path.display().to_string()),
+    }
+}
+
+/// What `vmadm` is to know: links with their networks, and the rest.
+pub(crate) fn vmadm(paths: &Paths) -> Result<(BTreeMap<String, String>, vmadm::Settings)> {
+    let VmadmFile { vnc_address, datacenter_name, nic_tags } = file(paths)?.vmadm;
+    let own = |tag: &str| (tag.to_owned(), tag.to_owned());
+    let tags = nic_tags.unwrap_or_else(|| DEFAULT_TAGS.map(own).into());
+    for (tag, network) in &tags {
+        let name: Result<NetName, _> = network.parse();
+        name.map_err(|e| anyhow!("vmadm.nic_tags.{tag}: {e}"))?;
+    }
+    let settings = vmadm::Settings {
+        vnc_address: vnc_address.unwrap_or(Ipv4Addr::LOCALHOST.into()).to_string(),
+        datacenter: datacenter_name,
+        server_uuid: host_id(),
+        buildstamp: env!("CARGO_PKG_VERSION").to_owned(),
     };
+    Ok((tags, settings))
+}
+
+/// Reads the instance's settings.
+pub(crate) fn read(paths: &Paths, flags: &Flags) -> Result<Metald> {
+    let file = file(paths)?;
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     resolve(file.metald, flags, variable, paths)
 }

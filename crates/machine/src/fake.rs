@@ -72,7 +72,7 @@ impl FakeHost {
 }
 
 impl Host for FakeHost {
-    async fn check(&self, _machine: &Machine) -> Result<(), Problems> {
+    async fn check(&self, _machine: &Machine, _now: bool) -> Result<(), Problems> {
         Ok(())
     }
 

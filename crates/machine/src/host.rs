@@ -83,7 +83,12 @@ pub enum Found {
 /// may be called again after a crash.
 pub trait Host: Send + Sync + 'static {
     /// Whether the host has what the machine names (files, images, networks). Changes nothing.
-    fn check(&self, machine: &Machine) -> impl Future<Output = Result<(), Problems>> + Send;
+    /// `now`: it is to start, so media that could still be brought must be there.
+    fn check(
+        &self,
+        machine: &Machine,
+        now: bool,
+    ) -> impl Future<Output = Result<(), Problems>> + Send;
 
     /// Brings what a machine has between its runs in line with its description: makes its folder,
     /// takes away disks that it no longer has. Safe to repeat; not called while it lives.

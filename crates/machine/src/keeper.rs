@@ -175,7 +175,7 @@ impl<H: Host> Keeper<H> {
     pub async fn create(self: &Arc<Self>, draft: Draft) -> Result<Summary, Refusal> {
         let machine = self.resolve_new(draft)?;
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
-        self.host.check(&machine).await.map_err(invalid)?;
+        self.host.check(&machine, false).await.map_err(invalid)?;
         let _claim = self.claim(&machine)?;
         self.host.settle(&machine).await.map_err(Refusal::failed)?;
         let now = now_us();
@@ -198,7 +198,13 @@ impl<H: Host> Keeper<H> {
             store::put_machine(c, &row)?;
             store::put_event(c, event)
         });
-        let event = written.await.map_err(Refusal::failed)?;
+        let event = match written.await {
+            Ok(event) => event,
+            Err(error) => {
+                self.host.forget(record.machine.id).await;
+                return Err(Refusal::failed(error));
+            }
+        };
         let _ = self.events.send(event);
         Ok(summary(&self.clone().spawn(record, None).record()))
     }
@@ -309,10 +315,15 @@ impl<H: Host> Keeper<H> {
         let boot = draft.boot.get_or_insert_default();
         boot.order = order.or_else(|| boot.order.take());
         boot.once = once.or_else(|| boot.once.take());
-        draft.disks.get_or_insert_default().extend(disks);
+        let own = draft.disks.get_or_insert_default();
+        if boot.once.is_some() || disks.iter().any(|disk| disk.first == Some(true)) {
+            // What is tried first this time is said by this time.
+            own.iter_mut().for_each(|disk| disk.first = None);
+        }
+        own.extend(disks);
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         let machine = resolve(draft, Defaults { id }).map_err(invalid)?;
-        self.host.check(&machine).await.map_err(invalid)?;
+        self.host.check(&machine, true).await.map_err(invalid)?;
         self.ask_one(handle, Verb::Start, None, Some(Box::new(machine))).await
     }
 
@@ -393,7 +404,7 @@ impl<H: Host> Keeper<H> {
         apply(&mut draft, &change)?;
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         let machine = resolve(draft, Defaults { id: record.machine.id }).map_err(invalid)?;
-        self.host.check(&machine).await.map_err(invalid)?;
+        self.host.check(&machine, false).await.map_err(invalid)?;
         let (answer, answered) = oneshot::channel();
         let closed = |_| Refusal::failed("the machine has just been removed");
         let (change, machine) = (Box::new(change), Box::new(machine));
@@ -416,7 +427,7 @@ impl<H: Host> Keeper<H> {
         let draft = Draft { name: Some(name), uuid: Some(id.to_string()), ..draft };
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
         let machine = Box::new(resolve(draft, Defaults { id }).map_err(invalid)?);
-        self.host.check(&machine).await.map_err(invalid)?;
+        self.host.check(&machine, false).await.map_err(invalid)?;
         let (answer, answered) = oneshot::channel();
         let closed = |_| Refusal::failed("the machine has just been removed");
         let message = Message::Redefine { machine, unchanged_since_us, answer };

@@ -78,6 +78,17 @@ pub enum Request {
     Screenshot {
         target: Target,
     },
+    /// Keeps a copy of a machine's own disks, goes back to one, or forgets one. A document with
+    /// the copy's `bytes` and its moment, `at_us`.
+    Snapshot {
+        target: Target,
+        name: String,
+        verb: SnapshotVerb,
+    },
+    /// The files of a machine's own disks: `name`, `path`, `owner`, and `bytes` where there are any.
+    DiskFiles {
+        target: Target,
+    },
     /// Sends a signal to the hypervisor.
     Signal {
         target: Target,
@@ -178,6 +189,14 @@ crate::words!(
         Vnc = "vnc",
     }
 );
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotVerb {
+    Take,
+    Restore,
+    Drop,
+}
 
 /// Which machines to list, and from where on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -163,6 +163,12 @@ pub enum Verb {
     /// themselves when none runs; this one takes its place.
     #[command(after_help = "Example:\n  lodge serve\n  lodge serve --metald 127.0.0.1:9000")]
     Serve(Serve),
+    /// Speak SmartOS's vmadm; the same as calling this program by that name.
+    #[command(disable_help_flag = true)]
+    Vmadm {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
+        words: Vec<String>,
+    },
     /// Completions for a shell.
     #[command(after_help = "Example:\n  lodge completions bash > /etc/bash_completion.d/lodge")]
     Completions { shell: String },

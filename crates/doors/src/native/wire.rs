@@ -2,7 +2,7 @@
 //! are the JSON of `lodge_spec::request`. Only the socket's owner and root may ask.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lodge_spec::request::{Refusal, Reply, Request};
@@ -78,12 +78,18 @@ async fn send(writer: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> io::R
 pub struct Client {
     reader: BufReader<tokio::net::unix::OwnedReadHalf>,
     writer: tokio::net::unix::OwnedWriteHalf,
+    path: PathBuf,
 }
 
 impl Client {
     pub async fn connect(path: &Path) -> io::Result<Self> {
         let (reader, writer) = UnixStream::connect(path).await?.into_split();
-        Ok(Self { reader: BufReader::new(reader), writer })
+        Ok(Self { reader: BufReader::new(reader), writer, path: path.to_owned() })
+    }
+
+    /// A second conversation with the same daemon.
+    pub async fn another(&self) -> io::Result<Self> {
+        Self::connect(&self.path).await
     }
 
     pub async fn send(&mut self, request: &Request) -> io::Result<()> {

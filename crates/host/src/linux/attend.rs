@@ -5,8 +5,9 @@ use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use lodge_spec::machine::Machine;
+use lodge_spec::machine::{Disk, DiskSource, Machine};
 use lodge_spec::names::MachineId;
+use lodge_spec::problem::Problems;
 use lodge_spec::request::Question;
 use serde_json::{Map, Value, json};
 
@@ -46,11 +47,25 @@ pub(super) fn settle(paths: &Paths, machine: &Machine) -> Result<(), String> {
         let path = entry.path();
         let disk = path.extension().is_some_and(|e| e == "qcow2" || e == "raw");
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if disk && machine.disks.iter().all(|d| d.name.as_str() != stem) {
-            fs::remove_file(&path).map_err(text(&path))?;
+        let own = machine.disks.iter().find(|d| d.name.as_str() == stem).map(|d| &d.source);
+        match own {
+            None if disk => fs::remove_file(&path).map_err(text(&path))?,
+            Some(DiskSource::Blank { size } | DiskSource::Image { size: Some(size), .. }) if disk => {
+                grow(&path, size.0)?;
+            }
+            Some(_) | None => {}
         }
     }
     Ok(())
+}
+
+/// Problems but for media that can still be brought into the machine's own folder.
+pub(super) fn without_media(machine: &Machine, problems: Problems) -> Problems {
+    let own = |(i, disk): (usize, &Disk)| {
+        matches!(disk.source, DiskSource::Own(_)).then(|| format!("disks[{i}].source"))
+    };
+    let media: Vec<String> = machine.disks.iter().enumerate().filter_map(own).collect();
+    Problems(problems.0.into_iter().filter(|p| !media.contains(&p.path)).collect())
 }
 
 /// The folder where people look for it; where that may not be made, `inspect` tells the real one.
@@ -64,6 +79,20 @@ fn link_zone(paths: &Paths, id: MachineId, zone: &Path) {
         .and_then(|()| fs::set_permissions(&zones, fs::Permissions::from_mode(0o755)));
     if made.is_ok() {
         let _ = symlink(zone, link);
+    }
+}
+
+/// A disk that was made larger in the description is made larger where it lies.
+fn grow(path: &Path, bytes: u64) -> Result<(), String> {
+    let open = || fs::File::options().read(true).write(true).open(path);
+    let text = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+    let file = open().map_err(|e| text(&e))?;
+    match path.extension().is_some_and(|e| e == "qcow2") {
+        true => lodge_formats::qcow2::grow(file, bytes).map_err(|e| text(&e)),
+        false if file.metadata().is_ok_and(|meta| meta.len() < bytes) => {
+            file.set_len(bytes).map_err(|e| text(&e))
+        }
+        false => Ok(()),
     }
 }
 
