@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod elf;
+pub mod escape;
 pub mod facts;
 mod fdpass;
 pub mod image;
@@ -13,4 +14,5 @@ pub mod net;
 pub mod paths;
 pub mod proc;
 pub mod survey;
+pub mod trial;
 pub mod warden;

@@ -145,6 +145,13 @@ impl Answer {
                 let host = self.keeper.host();
                 Ok(Reply::Document { value: doctor::examine(host.facts().await) })
             }
+            Request::Trial => {
+                let host = self.keeper.host();
+                let report = lodge_host::trial::run(host.facts().await).await;
+                let report = report.map_err(Refusal::failed)?.into_iter();
+                let value = report.map(|(way, closed)| json!({"way": way, "closed": closed}));
+                Ok(Reply::Document { value: value.collect() })
+            }
             Request::Gc { dry_run } => self.collect(dry_run).await,
             Request::ImageBuild { .. }
             | Request::ImageAdd { .. }

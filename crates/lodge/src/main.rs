@@ -15,11 +15,14 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use lodge_host::trial;
+
 fn main() -> ExitCode {
     // The helper processes are told apart before anything else is touched: they stay small.
     let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
     let text = |i: usize| args.get(i).and_then(|a| a.to_str());
     match (text(1), text(2), text(3)) {
+        (Some(trial::INSIDE), Some(canary), None) => return trial::inside(canary),
         (Some("warden"), None, None) => return lodge_host::warden::main(),
         (Some("netd"), Some(dir), Some(name)) => {
             return lodge_host::net::keeper::main(Path::new(dir), name);

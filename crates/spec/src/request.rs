@@ -134,6 +134,8 @@ pub enum Request {
         target: Target,
     },
     Doctor,
+    /// Puts the jail to the test. A document: a list of `{way, closed}`.
+    Trial,
     Gc {
         dry_run: bool,
     },

@@ -5,7 +5,6 @@
 #![allow(clippy::print_stderr, reason = "what is skipped is said aloud")]
 
 pub mod assets;
-pub mod escape;
 pub mod lab;
 pub mod metald;
 

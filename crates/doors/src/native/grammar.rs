@@ -144,8 +144,12 @@ pub enum Verb {
     #[command(after_help = "Example:\n  lodge why web")]
     Why { name: String },
     /// What this host can do, and how to add what is missing.
-    #[command(after_help = "Example:\n  lodge doctor")]
-    Doctor,
+    #[command(after_help = "Example:\n  lodge doctor\n  lodge doctor --escape")]
+    Doctor {
+        /// Put a program into the jail in a hypervisor's place and let it try to get out.
+        #[arg(long)]
+        escape: bool,
+    },
     /// Remove what belongs to no machine.
     #[command(after_help = "Example:\n  lodge gc --dry-run")]
     Gc {

@@ -77,7 +77,7 @@ fn vnc(place: &Value, doc: &Object) -> Value {
 
 fn cpu(cpu: &Value) -> Value {
     let index = cpu["cpu-index"].as_u64().unwrap_or(0);
-    json!({"CPU": index, "current": index == 0, "halted": false, "pc": 0})
+    json!({"CPU": index, "current": index == 0, "halted": cpu["halted"], "pc": cpu["pc"]})
 }
 
 /// The name of a drive here: the device's own, without what Lodge puts before it.

@@ -71,7 +71,7 @@ impl Control {
             Question::Block => "query-block",
             Question::BlockStats => "query-blockstats",
             Question::Chardev => "query-chardev",
-            Question::Cpus => "query-cpus-fast",
+            Question::Cpus => return self.cpus().await,
             Question::Kvm => "query-kvm",
             Question::Pci => "query-pci",
             Question::Status => "query-status",
@@ -79,6 +79,23 @@ impl Control {
             Question::Vnc => "query-vnc",
         };
         self.qmp.ask(command, Value::Null).await
+    }
+
+    /// The virtual CPUs, each with its `pc` and whether it is `halted`.
+    async fn cpus(&self) -> Result<Value, QmpError> {
+        let mut list = self.qmp.ask("query-cpus-fast", Value::Null).await?;
+        let asked = json!({"command-line": "info registers -a"});
+        let said = self.qmp.ask("human-monitor-command", asked).await?;
+        let each = said.as_str().unwrap_or("").split("CPU#").skip(1);
+        for (cpu, registers) in list.as_array_mut().into_iter().flatten().zip(each) {
+            let word = |name: &str| {
+                registers.split_whitespace().find_map(|w| w.strip_prefix(name)?.strip_prefix('='))
+            };
+            let pc = word("RIP").or(word("EIP")).and_then(|pc| u64::from_str_radix(pc, 16).ok());
+            cpu["pc"] = json!(pc);
+            cpu["halted"] = json!(word("HLT") == Some("1"));
+        }
+        Ok(list)
     }
 
     pub async fn nmi(&self) -> Result<(), QmpError> {

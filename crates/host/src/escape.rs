@@ -1,4 +1,4 @@
-//! A program that tries to leave its jail by every way that its author could think of, and says
+//! Code that tries to leave its jail by every way that its author could think of, and says
 //! which ways were open. What it tries is harmless where it should succeed.
 
 use std::ffi::CString;
@@ -17,7 +17,7 @@ fn denied(result: i32) -> bool {
 }
 
 fn c(text: &str) -> CString {
-    CString::new(text).unwrap()
+    CString::new(text).unwrap_or_default()
 }
 
 fn opens(path: &str, flags: i32) -> bool {
@@ -26,10 +26,17 @@ fn opens(path: &str, flags: i32) -> bool {
 }
 
 /// Tries them all. The process must be a confined one: some of these would do harm elsewhere.
-pub fn attempts() -> Vec<Attempt> {
+/// `canary`: a file of the host, such as another machine's disk.
+pub fn attempts(canary: &str) -> Vec<Attempt> {
     let mut list: Vec<Attempt> = Vec::new();
     let mut say = |way, closed| list.push((way, closed));
     files(&mut say);
+    say(
+        "what belongs to another machine",
+        !opens(canary, libc::O_RDONLY) && !opens(canary, libc::O_RDWR) && !opens("/proc/self/fd/0", 0),
+    );
+    names(canary, &mut say);
+    neighbours(&mut say);
     processes(&mut say);
     standing(&mut say);
     kernel(&mut say);
@@ -82,6 +89,61 @@ fn files(mut say: impl FnMut(&'static str, bool)) {
     });
 }
 
+/// Names, links, rights and lengths, of the host's files and of what is inside.
+fn names(canary: &str, mut say: impl FnMut(&'static str, bool)) {
+    let shut = |result: i32| {
+        let why = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        let known =
+            [libc::EPERM, libc::EACCES, libc::EROFS, libc::ENOENT, libc::ENOSYS, libc::EXDEV];
+        result < 0 && known.contains(&why)
+    };
+    let inside = ["/", "/lib64", "/dev/null", canary];
+    // SAFETY: terminated paths and plain numbers.
+    unsafe {
+        say(
+            "renaming and linking",
+            inside.iter().all(|path| {
+                shut(libc::rename(c(path).as_ptr(), c("/renamed").as_ptr()))
+                    && shut(libc::link(c(path).as_ptr(), c("/linked").as_ptr()))
+                    && shut(libc::symlink(c(path).as_ptr(), c("/pointed").as_ptr()))
+            }),
+        );
+        say(
+            "rights and owners",
+            inside.iter().all(|path| {
+                shut(libc::chmod(c(path).as_ptr(), 0o777))
+                    && shut(libc::chown(c(path).as_ptr(), 0, 0))
+            }),
+        );
+        say(
+            "cutting and removing",
+            inside.iter().all(|path| {
+                shut(libc::truncate(c(path).as_ptr(), 0)) || *path == "/"
+            }) && shut(libc::unlink(c(canary).as_ptr()))
+                && shut(libc::mkdir(c("/made").as_ptr(), 0o777)),
+        );
+    }
+}
+
+/// The name under which the host waits for whoever might come; the kernel keeps it by network.
+pub const ABSTRACT: &[u8] = b"\0lodge-canary";
+
+/// Sockets of the host that have no file.
+fn neighbours(mut say: impl FnMut(&'static str, bool)) {
+    // SAFETY: the address is a plain structure that lives through the calls.
+    unsafe {
+        let socket = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0);
+        let mut address: libc::sockaddr_un = std::mem::zeroed();
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        for (to, from) in address.sun_path.iter_mut().zip(ABSTRACT) {
+            *to = *from as libc::c_char;
+        }
+        let length = (size_of::<libc::sa_family_t>() + ABSTRACT.len()) as libc::socklen_t;
+        let connected = libc::connect(socket, (&raw const address).cast(), length);
+        say("sockets without a file", connected < 0);
+    }
+}
+
 /// Sockets, processes and programs.
 fn processes(mut say: impl FnMut(&'static str, bool)) {
     // SAFETY: every call takes numbers, or pointers to what lives through it; each of them is
@@ -111,6 +173,7 @@ fn processes(mut say: impl FnMut(&'static str, bool)) {
             }
             denied(child)
         });
+        say("a process by vfork", call(libc::SYS_vfork, 0, 0, 0));
         say("a process by clone", call(libc::SYS_clone, libc::SIGCHLD as u64, 0, 0));
         say("a process by clone3", call(libc::SYS_clone3, 0, 0, 0));
         say(
