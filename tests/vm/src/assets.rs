@@ -172,6 +172,11 @@ pub fn networked() -> String {
 
 /// A CD that boots the kernel with a shell guest, by isolinux.
 pub fn cdrom() -> Option<String> {
+    bootable(&shell(), "")
+}
+
+/// A CD that boots the kernel with a guest, by isolinux; `more` is put before its configuration.
+pub fn bootable(initrd: &str, more: &str) -> Option<String> {
     let isolinux = Path::new("/usr/lib/ISOLINUX/isolinux.bin");
     let ldlinux = Path::new("/usr/lib/syslinux/modules/bios/ldlinux.c32");
     if !isolinux.exists() || !ldlinux.exists() {
@@ -179,15 +184,23 @@ pub fn cdrom() -> Option<String> {
     }
     static MAKING: Mutex<()> = Mutex::new(());
     let _one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
-    let path = cache().join("boot-1.iso");
+    let config = format!(
+        "serial 0\n{more}default l\nlabel l\n kernel linux\n append initrd=initrd \
+         console=ttyS0 quiet\n"
+    );
+    let key: String = Sha256::digest([&kernel(), initrd, &config].concat())
+        .iter()
+        .take(8)
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let path = cache().join(format!("boot-{key}.iso"));
     if !path.exists() {
         let work = tempfile::tempdir_in(cache()).unwrap();
         let at = |name: &str| work.path().join(name);
         fs::copy(isolinux, at("isolinux.bin")).unwrap();
         fs::copy(ldlinux, at("ldlinux.c32")).unwrap();
         fs::copy(kernel(), at("linux")).unwrap();
-        fs::copy(shell(), at("initrd")).unwrap();
-        let config = "serial 0\ndefault l\nlabel l\n kernel linux\n append initrd=initrd console=ttyS0 quiet\n";
+        fs::copy(initrd, at("initrd")).unwrap();
         fs::write(at("isolinux.cfg"), config).unwrap();
         let part = cache().join(format!("boot-{}.part", std::process::id()));
         let args = [

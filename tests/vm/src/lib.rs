@@ -7,6 +7,8 @@
 pub mod assets;
 pub mod lab;
 pub mod metald;
+pub mod rfb;
+pub mod vmadm;
 
 pub use lab::Lab;
 

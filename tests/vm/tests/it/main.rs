@@ -11,4 +11,5 @@ mod lifecycle;
 mod metald;
 mod network;
 mod rootless;
+mod vmadm;
 mod vmm;

@@ -1,0 +1,7 @@
+//! vmadm as its users call it.
+
+mod conformance;
+mod data;
+mod network;
+mod screen;
+mod walk;
