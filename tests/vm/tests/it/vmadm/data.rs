@@ -19,7 +19,7 @@ fn asking(lines: &[String]) -> String {
     for line in lines {
         script += &format!("ask '{line}'\n");
     }
-    script + "first greeting\necho GUEST-READY\nsh\n"
+    script + "first greeting\necho GUEST-READY\nwhile IFS= read -r typed; do eval \"$typed\"; done\n"
 }
 
 fn v2(body: &str) -> String {

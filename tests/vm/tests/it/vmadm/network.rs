@@ -71,7 +71,7 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
     };
     assert!(tries("ping -c 1 -W 5 10.88.88.52"), "neighbours reach each other");
     assert!(tries("ping -c 1 -W 5 10.88.88.1"), "the router answers");
-    assert!(tries("wget -q -T 5 -O - http://10.88.88.52/"));
+    assert!(tries("timeout 20 wget -q -O - http://10.88.88.52/"));
     tries("ip addr add 10.88.88.77/24 dev eth0");
     let foreign = "ping -c 1 -W 2 -I 10.88.88.77 10.88.88.52";
     assert!(!tries(foreign), "another address does not pass");
@@ -93,7 +93,7 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
     assert!(tries(foreign), "an address of its own passes");
     update(json!({"allowed_ips": null, "blocked_outgoing_ports": [80]}));
     assert!(!tries(foreign));
-    assert!(!tries("wget -q -T 3 -O - http://10.88.88.52/"), "a blocked port does not pass");
+    assert!(!tries("timeout 4 wget -q -O - http://10.88.88.52/"), "a blocked port does not pass");
     assert!(tries("ping -c 1 -W 5 10.88.88.52"));
     for uuid in [&a, &b] {
         v.ok(&["delete", uuid]);

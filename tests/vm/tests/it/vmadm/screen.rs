@@ -20,7 +20,7 @@ fn a_viewer_sees_the_screen_and_types() {
     let uuid = v.create(r#"{"brand":"kvm","autoboot":false,"ram":512,"nics":[]}"#);
     v.bring(&uuid, &iso.unwrap(), "i.iso");
     v.ok(&["boot", &uuid, "order=d", "cdrom=/i.iso,ide"]);
-    v.console(&uuid, "TYPE A LETTER HERE");
+    v.console(&uuid, "boot:");
     let at = address(&v, &uuid);
     let mut viewer = Viewer::connect(&at, None).unwrap();
     let lit = |picture: &[[u8; 3]]| picture.iter().filter(|p| p.iter().any(|c| *c > 60)).count();
