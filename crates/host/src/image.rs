@@ -48,6 +48,15 @@ pub struct Disk {
 }
 
 impl Manifest {
+    /// By which systems that name images so know it: its name where that is one, else made from
+    /// the content, so that the same image has the same everywhere.
+    pub fn uuid(&self) -> uuid::Uuid {
+        let own = uuid::Uuid::try_parse(self.name.as_str()).ok();
+        let content = self.disk.as_ref().map(|d| &d.blob).or(self.kernel.as_ref());
+        let digest = content.map_or("", |blob| blob.sha256.as_str());
+        own.unwrap_or_else(|| uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, digest.as_bytes()))
+    }
+
     pub fn blobs(&self) -> Vec<&Blob> {
         let disk = self.disk.iter().map(|d| &d.blob);
         self.kernel.iter().chain(&self.initrd).chain(disk).collect()

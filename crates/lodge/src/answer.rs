@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lodge_doors::control::Control;
+use lodge_host::image::Manifest;
 use lodge_host::linux::Linux;
 use lodge_host::warden::console;
 use lodge_machine::keeper::{Found, detail, summary};
@@ -189,8 +190,8 @@ impl Answer {
                 let work = move || images.export(&manifest, folder.as_ref());
                 document(json!(tokio::task::spawn_blocking(work).await.map_err(Refusal::failed)??))
             }
-            Request::ImageList => document(json!(images.list().await?)),
-            Request::ImageInspect { name } => document(json!(images.find(&name).await?)),
+            Request::ImageList => document(images.list().await?.iter().map(with_uuid).collect()),
+            Request::ImageInspect { name } => document(with_uuid(&images.find(&name).await?)),
             Request::ImageRemove { name } => {
                 images.remove(&name, &self.images_in_use()).await?;
                 Ok(Reply::Done)
@@ -392,4 +393,11 @@ impl Answer {
         let strays = self.keeper.host().collect(&known, &live, dry_run).await?;
         Ok(Reply::Document { value: json!(strays) })
     }
+}
+
+/// A manifest with the identity by which other systems know it.
+fn with_uuid(manifest: &Manifest) -> Value {
+    let mut value = json!(manifest);
+    value["uuid"] = json!(manifest.uuid());
+    value
 }

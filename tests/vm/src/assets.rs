@@ -242,19 +242,29 @@ pub fn boot_sector(text: &str) -> Vec<u8> {
 
 /// Puts the image `debian-12` into an instance; builds it once for each recipe.
 pub fn debian_into(home: &Path) {
+    debian_with(home, "");
+}
+
+/// The same with more packages, a comma between each two.
+pub fn debian_with(home: &Path, packages: &str) {
     static MAKING: Mutex<()> = Mutex::new(());
     let _one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
     let recipe = concat!(
         include_str!("../../../crates/host/src/image/recipe.rs"),
         include_str!("../../../crates/host/src/image/build.rs"),
     );
-    let key: String = Sha256::digest(recipe).iter().take(8).map(|b| format!("{b:02x}")).collect();
+    let key: String = Sha256::digest([recipe, packages].concat())
+        .iter()
+        .take(8)
+        .map(|b| format!("{b:02x}"))
+        .collect();
     let made = cache().join(format!("debian-{key}"));
     if !made.join("done").exists() {
         let _ = fs::remove_dir_all(&made);
         fs::create_dir_all(&made).unwrap();
         let lodge = |args: &[&str]| command(program()).args(args).env("LODGE_HOME", &made).output();
-        let built = lodge(&["image", "build", "debian-12"]).unwrap();
+        let more: &[&str] = if packages.is_empty() { &[] } else { &["--packages", packages] };
+        let built = lodge(&[&["image", "build", "debian-12"], more].concat()).unwrap();
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         let lab = std::os::unix::net::UnixStream::connect(made.join("run/lodge.sock")).unwrap();
         let daemon = rustix::net::sockopt::socket_peercred(&lab).unwrap().pid;

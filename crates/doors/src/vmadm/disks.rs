@@ -54,7 +54,7 @@ impl Disks<'_> {
     /// A disk of the machine's own.
     fn fill(&mut self, disk: &mut Object) -> Result<(), String> {
         if let Some(image) = text(disk, "image_uuid") {
-            let known = self.world.images.get(image).copied();
+            let known = self.world.images.get(image).map(|image| image.size);
             let size = number(disk, "image_size").or(known);
             let size = size.ok_or_else(|| format!("there is no image {image} here"))?;
             if known.is_some_and(|known| number(disk, "size").is_some_and(|s| s < known)) {

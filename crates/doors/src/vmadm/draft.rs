@@ -11,6 +11,7 @@ use super::build::{Metadata, World};
 use super::disks;
 use super::nics;
 use super::properties::Brand;
+use super::validate::Image;
 use super::values::{Object, is_true, number, objects, prefix_of, text, texts};
 
 /// The name of this interface in a machine's origin.
@@ -92,7 +93,16 @@ pub(super) fn draft(
     let disk_first = order.first().is_some_and(|device| device == "disk") && once.is_none();
     let uefi = text(doc, "bootrom") == Some("uefi");
     let list = objects(doc, "disks");
-    let disks = list.iter().enumerate().map(|(i, disk)| disk_draft(disk, i, disk_first)).collect();
+    let direct = boots_directly(doc, world);
+    let disks = list.iter().enumerate().skip(usize::from(direct.is_some()));
+    let disks: Result<Vec<DiskDraft>, String> =
+        disks.map(|(i, disk)| disk_draft(disk, i, disk_first, world)).collect();
+    let boot = BootDraft {
+        firmware: Some(if uefi { "uefi" } else { "bios" }.into()),
+        order: Some(order),
+        once,
+        ..BootDraft::default()
+    };
     let nics = objects(doc, "nics");
     let nics: Result<Vec<NicDraft>, String> =
         nics.iter().map(|nic| nic_draft(nic, brand, world)).collect();
@@ -102,13 +112,10 @@ pub(super) fn draft(
         uuid: Some(uuid.clone()),
         cpus: number(doc, "vcpus").map(|n| CpusDraft::Count(u32::try_from(n).unwrap_or(u32::MAX))),
         memory: Some(MemoryDraft::Text(format!("{}MiB", number(doc, "ram").unwrap_or(256)))),
-        boot: Some(BootDraft {
-            firmware: Some(if uefi { "uefi" } else { "bios" }.into()),
-            order: Some(order),
-            once,
-            ..BootDraft::default()
-        }),
-        disks: Some(disks),
+        boot: Some(boot).filter(|_| direct.is_none()),
+        image_size: direct.and_then(|_| mib(list.first()?, "size")),
+        image: direct.map(|image| image.name.clone()),
+        disks: Some(disks?),
         nics: Some(nics?),
         hostname: Some(hostname(doc)),
         resolvers: Some(texts(doc, "resolvers").into_iter().filter(|r| !r.contains(':')).collect()),
@@ -133,6 +140,19 @@ pub(super) fn draft(
         }),
         ..Draft::default()
     })
+}
+
+/// The image of the first disk, where it brings a kernel of its own and the disk is what boots.
+pub(super) fn boots_directly<'a>(doc: &Object, world: &'a World) -> Option<&'a Image> {
+    let (order, once) = boot_order(text(doc, "boot").unwrap_or("order=cd")).ok()?;
+    let first = doc.get("disks")?.get(0)?.as_object()?;
+    let image = world.images.get(text(first, "image_uuid")?)?;
+    let disk = once.is_none() && order.first().is_some_and(|device| device == "disk");
+    (image.direct && disk && text(doc, "bootrom").is_none()).then_some(image)
+}
+
+fn mib(object: &Object, name: &str) -> Option<Size> {
+    number(object, name).map(|mib| Size::Text(format!("{mib}MiB")))
 }
 
 /// What DHCP tells; a name that is none is not told.
@@ -226,26 +246,34 @@ pub(super) fn scalar(value: &Value) -> Option<Scalar> {
     }
 }
 
-fn disk_draft(disk: &Object, index: usize, disk_first: bool) -> DiskDraft {
+fn disk_draft(
+    disk: &Object,
+    index: usize,
+    disk_first: bool,
+    world: &World,
+) -> Result<DiskDraft, String> {
     let name = disks::name(disk, index);
     let model = text(disk, "model").unwrap_or("virtio");
     let path = text(disk, "path").unwrap_or("");
     if text(disk, "media") == Some("cdrom") {
-        return drive(name, path, model, true);
+        return Ok(drive(name, path, model, true));
     }
     let first = is_true(disk, "boot") && index > 0 && disk_first;
-    let mib = |name: &str| number(disk, name).map(|mib| Size::Text(format!("{mib}MiB")));
-    let image = text(disk, "image_uuid").map(str::to_owned);
+    let image = text(disk, "image_uuid").map(|uuid| {
+        let image = world.images.get(uuid).map(|image| image.name.clone());
+        image.ok_or_else(|| format!("there is no image {uuid} here"))
+    });
+    let image = image.transpose()?;
     let there = is_true(disk, "nocreate");
-    DiskDraft {
+    Ok(DiskDraft {
         name: Some(name),
         source: there.then(|| path.to_owned()),
-        size: mib("size").filter(|_| !there),
+        size: mib(disk, "size").filter(|_| !there),
         image: image.filter(|_| !there),
         bus: Some(bus(model)),
         first: Some(first),
         ..DiskDraft::default()
-    }
+    })
 }
 
 fn nic_draft(nic: &Object, brand: Brand, world: &World) -> Result<NicDraft, String> {

@@ -177,7 +177,13 @@ pub(super) async fn start(
         extra.push(disk);
     }
     set_autoboot(session, uuid, true).await?;
-    let with = OneBoot { order: Some(order), once, disks: extra };
+    // An image with a kernel of its own boots by that, unless somebody says otherwise this time.
+    let own = words.order.is_none() && extra.is_empty();
+    let direct = own && draft::boots_directly(&vm.doc, &world).is_some();
+    let with = match direct {
+        true => OneBoot::default(),
+        false => OneBoot { order: Some(order), once, disks: extra },
+    };
     let started = session.ask(Request::Boot { target: uuid.to_owned(), with }).await?;
     let Err(refusal) = started else { return Ok(()) };
     let own = objects(&vm.doc, "disks");

@@ -15,7 +15,7 @@ use super::grammar::{self, Lookup, One, Source, Table, Usage, Verb};
 use super::one;
 use super::properties::Brand;
 use super::table;
-use super::validate::{self, Action, Images};
+use super::validate::{self, Action, Image, Images};
 use super::values::{Object, has_uuid_shape, text};
 use super::view::{doc_of, view};
 use crate::native::wire::Client;
@@ -208,8 +208,10 @@ impl Session<'_, '_> {
             Ok(_) | Err(_) => return Ok(Images::new()),
         };
         let image = |image: &Value| {
-            let bytes = image["disk"]["virtual_bytes"].as_i64()?;
-            Some((image["name"].as_str()?.to_owned(), bytes.div_euclid(1 << 20)))
+            let bytes = image["disk"]["virtual_bytes"].as_u64()?;
+            let size = i64::try_from(bytes.div_ceil(1 << 20)).ok()?;
+            let (name, direct) = (image["name"].as_str()?.to_owned(), image["kernel"].is_object());
+            Some((image["uuid"].as_str()?.to_owned(), Image { name, size, direct }))
         };
         Ok(list.as_array().into_iter().flatten().filter_map(image).collect())
     }

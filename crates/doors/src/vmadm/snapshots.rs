@@ -105,7 +105,8 @@ pub(super) async fn reprovision(session: &mut Session<'_, '_>, vm: Vm, source: &
         return Err(failed("indestructible_zoneroot is set, cannot reprovision".into()));
     }
     let images = session.images().await?;
-    let size = *images.get(&image).ok_or_else(|| failed(format!("there is no image {image}")))?;
+    let known = images.get(&image).ok_or_else(|| failed(format!("there is no image {image}")))?;
+    let size = known.size;
     let first = objects(&vm.doc, "disks").into_iter().next().filter(|disk| is_true(disk, "boot"));
     let mut first = first.ok_or_else(|| failed("the first disk is not a boot disk".into()))?;
     let wanted = is_wanted(&vm);

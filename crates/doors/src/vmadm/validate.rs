@@ -9,8 +9,19 @@ use serde_json::{Value, json};
 use super::properties::{Brand, DISK, Kind, MACHINE, NIC, Property, find};
 use super::values::{Object, is_true, number, take, text};
 
-/// Images on this host: their identity and size in MiB.
-pub(super) type Images = BTreeMap<String, i64>;
+/// An image on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Image {
+    /// Its name here.
+    pub(super) name: String,
+    /// MiB.
+    pub(super) size: i64,
+    /// It brings a kernel of its own, which is booted without firmware.
+    pub(super) direct: bool,
+}
+
+/// By their identity.
+pub(super) type Images = BTreeMap<String, Image>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
@@ -156,7 +167,7 @@ fn check_disk(
                 Verdict::note(&mut verdict.missing, at("image_size"));
             }
         }
-        (Some(size), Some(asked)) if asked != *size => {
+        (Some(image), Some(asked)) if asked != image.size => {
             Verdict::note(&mut verdict.values, at("image_size"));
         }
         (Some(_), _) => {}
@@ -254,7 +265,8 @@ mod tests {
 
     fn judge(action: Action, brand: Brand, text: &str) -> Verdict {
         let payload: Value = serde_json::from_str(text).unwrap();
-        let images = [(KNOWN.to_owned(), 5120)].into();
+        let image = Image { name: "a".into(), size: 5120, direct: false };
+        let images = [(KNOWN.to_owned(), image)].into();
         check(action, brand, payload.as_object().unwrap(), &images)
     }
 

@@ -127,3 +127,36 @@ fn flood(v: &Vmadm, uuid: &str) {
     let after = warden();
     assert!(after < before + 8192, "{before} KiB became {after} KiB");
 }
+
+/// Debian's cloud-init finds the channel by itself and does what it is told over it.
+#[test]
+fn a_guest_with_cloud_init_configures_itself() {
+    let v = Vmadm::new();
+    assets::debian_with(v.lab.home(), "cloud-init");
+    let image = v.lab.json(&["image", "inspect", "debian-12"])["uuid"].as_str().unwrap().to_owned();
+    let document = json!({
+        "brand": "kvm", "autoboot": false, "ram": 1024, "vcpus": 2, "hostname": "cloudy",
+        "resolvers": ["10.88.88.1"],
+        "disks": [{"image_uuid": image, "boot": true, "model": "virtio"}],
+        "nics": [{"nic_tag": "admin", "model": "virtio", "ip": "10.88.88.60",
+            "netmask": "255.255.255.0", "gateway": "10.88.88.1", "primary": true}],
+        "customer_metadata": {
+            "root_authorized_keys": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAtestkey somebody@home",
+            "user-script": "#!/bin/sh\n(echo; echo SCRIPT host=$(hostname)\n\
+                echo ADDRESS $(ip -4 -o addr show scope global)\n\
+                echo KEYS $(grep -l testkey /home/*/.ssh/authorized_keys /root/.ssh/authorized_keys)) > /dev/ttyS0\n",
+        },
+    });
+    let uuid = v.create(&document.to_string());
+    v.ok(&["start", &uuid]);
+    let said = v.console(&uuid, "Datasource DataSourceSmartOS");
+    let line = |name: &str| {
+        let found = said.lines().find_map(|l| l.trim_end().strip_prefix(name));
+        found.unwrap_or_else(|| panic!("no {name} in {said}")).to_owned()
+    };
+    assert_eq!(line("SCRIPT "), "host=cloudy");
+    assert!(line("ADDRESS ").contains("10.88.88.60/24"), "{said}");
+    assert!(line("KEYS ").contains("authorized_keys"), "{said}");
+    v.ok(&["stop", &uuid, "-F"]);
+    v.ok(&["delete", &uuid]);
+}
