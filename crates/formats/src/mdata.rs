@@ -7,12 +7,21 @@ use base64::engine::general_purpose::STANDARD;
 /// What a line asks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ask {
-    Get { key: String },
+    Get {
+        key: String,
+    },
     Keys,
-    Put { key: String, value: String },
-    Delete { key: String },
+    Put {
+        key: String,
+        value: String,
+    },
+    Delete {
+        key: String,
+    },
     /// Well framed, and not to be understood; the text says why.
-    Unknown { why: String },
+    Unknown {
+        why: String,
+    },
 }
 
 /// Which form the answer takes.
@@ -179,7 +188,10 @@ mod tests {
         assert_eq!(delete, Heard::Ask(v2("89abcdef"), Ask::Delete { key: "foo".into() }));
         let said = |request: &str, answer| String::from_utf8(say(&v2(request), &answer)).unwrap();
         let ok = |text: &str| Answer::Success(text.into());
-        assert_eq!(said("dc4fae17", ok("[]")).len(), "V2 21 265ae1d8 dc4fae17 SUCCESS W10=\n".len());
+        assert_eq!(
+            said("dc4fae17", ok("[]")).len(),
+            "V2 21 265ae1d8 dc4fae17 SUCCESS W10=\n".len()
+        );
         assert_eq!(said("dc4fae17", ok("[]")), "V2 21 265ae1d8 dc4fae17 SUCCESS W10=\n");
         assert_eq!(
             said("deadbeef", ok("b8ab5fc1-8576-45ef-bb51-9826b52a4651")),

@@ -33,7 +33,9 @@ pub fn attempts(canary: &str) -> Vec<Attempt> {
     files(&mut say);
     say(
         "what belongs to another machine",
-        !opens(canary, libc::O_RDONLY) && !opens(canary, libc::O_RDWR) && !opens("/proc/self/fd/0", 0),
+        !opens(canary, libc::O_RDONLY)
+            && !opens(canary, libc::O_RDWR)
+            && !opens("/proc/self/fd/0", 0),
     );
     names(canary, &mut say);
     neighbours(&mut say);
@@ -117,9 +119,8 @@ fn names(canary: &str, mut say: impl FnMut(&'static str, bool)) {
         );
         say(
             "cutting and removing",
-            inside.iter().all(|path| {
-                shut(libc::truncate(c(path).as_ptr(), 0)) || *path == "/"
-            }) && shut(libc::unlink(c(canary).as_ptr()))
+            inside.iter().all(|path| shut(libc::truncate(c(path).as_ptr(), 0)) || *path == "/")
+                && shut(libc::unlink(c(canary).as_ptr()))
                 && shut(libc::mkdir(c("/made").as_ptr(), 0o777)),
         );
     }

@@ -5,8 +5,8 @@ mod attend;
 mod drive;
 mod launch;
 mod live;
-mod snapshots;
 pub mod objects;
+mod snapshots;
 mod usage;
 
 use std::collections::HashMap;
@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodge_machine::Store;
-use lodge_machine::store::now_us;
 use lodge_machine::host::{Command, Found, Host, Running, Sink};
+use lodge_machine::store::now_us;
 use lodge_spec::machine::Machine;
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::{Problem, Problems};

@@ -172,7 +172,8 @@ mod tests {
         assert_eq!(refused, Answer::Failure("Cannot update the \"sdc\" Namespace.".into()));
         let (_, wrote) = put(&mut m, "admin_pw".into(), Some("x".into()));
         assert!(wrote.unwrap().internal);
-        let (_, wrote) = put(&mut m, "user-script".into(), Some(String::new()).filter(|v| !v.is_empty()));
+        let (_, wrote) =
+            put(&mut m, "user-script".into(), Some(String::new()).filter(|v| !v.is_empty()));
         assert_eq!(wrote.unwrap().value, None);
         assert_eq!(get(&m, "user-script"), Answer::NotFound);
         let full = put(&mut m, "big".into(), Some("x".repeat(MAX_MDATA)));

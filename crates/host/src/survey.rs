@@ -154,10 +154,7 @@ impl Surveyor<'_> {
                 files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Own(name) => {
-                let root = self.paths.own_folder(machine.id);
-                let path = root.join(name);
-                let found = lies_beneath(&root, &path).and_then(|()| layer::look(&path));
-                let looked = p.take(&format!("{at}.source"), found)?;
+                let looked = p.take(&format!("{at}.source"), self.own_file(machine.id, name))?;
                 files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Above(below) => {
@@ -203,6 +200,13 @@ impl Surveyor<'_> {
                 files(vec![top(path), below], bytes)
             }
         }
+    }
+
+    /// A file in the machine's own folder, no link on the way leading out of it.
+    fn own_file(&self, id: MachineId, name: &Path) -> Result<layer::Looked, String> {
+        let root = self.paths.own_folder(id);
+        let path = root.join(name);
+        lies_beneath(&root, &path).and_then(|()| layer::look(&path))
     }
 
     /// Guests that take files from a disk get one; guests without disks get them in their initrd.

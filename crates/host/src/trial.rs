@@ -104,7 +104,10 @@ pub async fn run(facts: &Facts) -> Result<Report, String> {
     report.push(("a file of the host, which is unchanged".into(), same));
     if let Some(listener) = listener {
         let _ = listener.set_nonblocking(true);
-        report.push(("a socket of the host, which nobody reached".into(), listener.accept().is_err()));
+        report.push((
+            "a socket of the host, which nobody reached".into(),
+            listener.accept().is_err(),
+        ));
     }
     Ok(report)
 }

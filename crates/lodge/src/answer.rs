@@ -76,7 +76,7 @@ impl Answer {
                 self.verb(&target, Verb::Remove { force }, None).await
             }
             Request::Update { target, change } => {
-                let machine = self.keeper.update(&target, change).await?;
+                let machine = self.keeper.update(&target, *change).await?;
                 Ok(Reply::Summary { machine })
             }
             Request::Redefine { target, draft, unchanged_since_us } => {

@@ -168,7 +168,10 @@ impl Session {
             Verb::Image(image) => self.image(image).await,
             Verb::Assets(Assets::Install { folder, image }) => self.assets(&folder, &image).await,
             Verb::Serve(_)
-            | Verb::Vmadm { .. } | Verb::Completions { .. } | Verb::Man { .. } | Verb::Schema => {
+            | Verb::Vmadm { .. }
+            | Verb::Completions { .. }
+            | Verb::Man { .. }
+            | Verb::Schema => {
                 unreachable!("handled before there was a session")
             }
         }
@@ -236,7 +239,7 @@ impl Session {
             bail!("nothing to change; `lodge set --help` lists what can be");
         }
         for change in changes {
-            self.one(Request::Update { target: name.clone(), change }).await?;
+            self.one(Request::Update { target: name.clone(), change: Box::new(change) }).await?;
         }
         Ok(ExitCode::SUCCESS)
     }

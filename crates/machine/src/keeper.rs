@@ -340,7 +340,10 @@ impl<H: Host> Keeper<H> {
         let (answer, answered) = oneshot::channel();
         let stop_timeout = stop_timeout.unwrap_or(STOP_TIMEOUT);
         let closed = || Refusal::failed("the machine has just been removed");
-        handle.inbox.send(Message::Ask { verb, this_time, stop_timeout, answer }).map_err(|_| closed())?;
+        handle
+            .inbox
+            .send(Message::Ask { verb, this_time, stop_timeout, answer })
+            .map_err(|_| closed())?;
         answered.await.map_err(|_| closed())??;
         let published = handle.published.wait_for(|p| wait::settled(verb, p).is_some()).await;
         let published = published.map_err(|_| closed())?.clone();

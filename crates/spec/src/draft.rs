@@ -450,9 +450,7 @@ impl std::fmt::Debug for DisplayDraft {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { vga, listen, address, port, password } = self;
         let password = password.as_ref().map(|_| "…");
-        f.debug_tuple("DisplayDraft")
-            .field(&(vga, listen, address, port, password))
-            .finish()
+        f.debug_tuple("DisplayDraft").field(&(vga, listen, address, port, password)).finish()
     }
 }
 

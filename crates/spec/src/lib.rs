@@ -6,6 +6,7 @@
 #![deny(clippy::wildcard_enum_match_arm)]
 
 pub mod capability;
+mod clashes;
 pub mod document;
 pub mod draft;
 pub mod extras;

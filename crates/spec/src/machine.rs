@@ -474,18 +474,7 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
 }
 
 fn nic_to_draft(nic: &Nic) -> NicDraft {
-    let Nic {
-        name,
-        network,
-        model,
-        mac,
-        address,
-        subnet,
-        lease,
-        guard,
-        rx_limit,
-        tx_limit,
-    } = nic;
+    let Nic { name, network, model, mac, address, subnet, lease, guard, rx_limit, tx_limit } = nic;
     let limit = |limit: &Option<RateLimit>| {
         limit.map(|RateLimit { bandwidth, refill_ms, burst }| RateLimitDraft {
             bandwidth: Some(Size::Bytes(bandwidth)),

@@ -55,7 +55,7 @@ pub enum Request {
     },
     Update {
         target: Target,
-        change: Change,
+        change: Box<Change>,
     },
     /// Replaces the description. What a running machine can take over at once it does; the rest
     /// waits for its next start.

@@ -1,12 +1,13 @@
 //! `Draft` to `Machine`: applies defaults, parses every name and number, and reports all faults
 //! at once. Pure: whether a file or an image exists is asked later, by those who can look.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::clashes::check_clashes;
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
@@ -27,7 +28,6 @@ const MIN_MEMORY: Bytes = Bytes::mib(1);
 const MAX_MEMORY: Bytes = Bytes(4 << 40);
 const MIN_DISK: Bytes = Bytes::mib(1);
 const MAX_DISK: Bytes = Bytes(64 << 40);
-const MAX_DEVICES: usize = 24;
 const MAX_FILE: usize = 1 << 20;
 
 /// What the host brings to a draft: the identity of a machine that names none.
@@ -490,46 +490,6 @@ fn resolve_file(p: &mut Problems, i: usize, draft: FileDraft) -> Option<GuestFil
         }
     };
     Some(GuestFile { path, content, mode })
-}
-
-fn check_clashes(
-    p: &mut Problems,
-    disks: &[Disk],
-    nics: &[Nic],
-    ports: &[Port],
-    shares: &[Share],
-    files: &[GuestFile],
-) {
-    unique(p, "disks", disks.iter().map(|d| d.name.as_str().to_owned()));
-    unique(p, "nics", nics.iter().map(|n| n.name.as_str().to_owned()));
-    unique(p, "nics", nics.iter().map(|n| n.mac.to_string()));
-    unique(p, "shares", shares.iter().map(|s| s.tag.as_str().to_owned()));
-    unique(p, "files", files.iter().map(|f| f.path.clone()));
-    unique(p, "ports", ports.iter().map(|f| format!("{}/{}", f.host, f.protocol)));
-    let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
-        DiskSource::Path(path) => Some(path.display().to_string()),
-        DiskSource::Own(path) => Some(extras::own_text(path)),
-        DiskSource::Above(_) | DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
-    });
-    unique(p, "disks", writable);
-    for (what, count) in [("disks", disks.len()), ("nics", nics.len()), ("shares", shares.len())] {
-        if count > MAX_DEVICES {
-            p.add(what, format!("{count} are too many; {MAX_DEVICES} are possible"));
-        }
-    }
-    if disks.iter().filter(|d| d.bus == DiskBus::Ide).count() > 4 {
-        p.add("disks", "the ide bus takes four devices; put the others on virtio or scsi");
-    }
-}
-
-fn unique(p: &mut Problems, path: &str, values: impl Iterator<Item = String>) {
-    let mut seen = BTreeSet::new();
-    for value in values {
-        if seen.contains(&value) {
-            p.add(path, format!("{value} appears twice"));
-        }
-        seen.insert(value);
-    }
 }
 
 fn parse_ready(text: &str) -> Result<Readiness, String> {

@@ -33,9 +33,7 @@ pub(super) fn refused(verb: &str, vm_id: &str, refusal: &Refusal, order: &[usize
         Refusal::Taken { .. }
         | Refusal::State { .. }
         | Refusal::Changed { .. }
-        | Refusal::Unsupported { .. } => {
-            precondition(text(refusal))
-        }
+        | Refusal::Unsupported { .. } => precondition(text(refusal)),
         Refusal::Timeout { .. } => ConnectError::new(ErrorCode::DeadlineExceeded, text(refusal)),
         Refusal::Failed { .. } => ConnectError::new(ErrorCode::Internal, text(refusal)),
     }

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use super::disks::{self, Disks};
 use super::nics::{self, Nics};
 use super::properties::{Brand, POOL};
-use super::values::{Object, number, objects, text};
 use super::validate::Images;
+use super::values::{Object, number, objects, text};
 
 /// What is known beyond the document.
 pub(crate) struct World {
@@ -47,8 +47,10 @@ pub(super) fn create(
         Some(Value::Object(map)) => map,
         Some(_) | None => Object::new(),
     };
-    let metadata =
-        Metadata { customer: object_of("customer_metadata"), internal: object_of("internal_metadata") };
+    let metadata = Metadata {
+        customer: object_of("customer_metadata"),
+        internal: object_of("internal_metadata"),
+    };
     let mut doc = defaults(brand);
     doc.extend(payload.clone());
     let uuid = match text(&doc, "uuid") {
@@ -63,7 +65,8 @@ pub(super) fn create(
     memory(brand, &payload, &mut doc);
     limits(&doc)?;
     let driver = |name: &str| text(&doc, name).map(str::to_owned);
-    let mut disks = Disks { brand, uuid: &uuid, driver: driver("disk_driver"), world, list: Vec::new() };
+    let mut disks =
+        Disks { brand, uuid: &uuid, driver: driver("disk_driver"), world, list: Vec::new() };
     for disk in objects(&doc, "disks") {
         disks.add(disk)?;
     }
@@ -141,9 +144,7 @@ pub(super) fn limits(doc: &Object) -> Result<(), String> {
     for name in ["vnc_password", "spice_password"] {
         if text(doc, name).is_some_and(|password| password.len() > 8) {
             let kind = if name.starts_with("vnc") { "VNC" } else { "SPICE" };
-            return Err(format!(
-                "{kind} password is too long, maximum length is 8 characters."
-            ));
+            return Err(format!("{kind} password is too long, maximum length is 8 characters."));
         }
     }
     const CARDS: [&str; 5] = ["cirrus", "std", "vmware", "qxl", "xenfb"];
@@ -178,11 +179,8 @@ pub(super) mod tests {
     pub(in crate::vmadm) fn make(text: &str) -> Result<Object, String> {
         let payload = object(text);
         let brand = Brand::of(payload["brand"].as_str().unwrap()).unwrap();
-        let (payload, _) = super::super::validate::clean(
-            super::super::validate::Action::Create,
-            brand,
-            &payload,
-        );
+        let (payload, _) =
+            super::super::validate::clean(super::super::validate::Action::Create, brand, &payload);
         create(brand, payload, &world()).map(|(doc, _)| doc)
     }
 
@@ -199,8 +197,7 @@ pub(super) mod tests {
             ),
         ] {
             let doc = make(text).unwrap();
-            let names =
-                ["max_physical_memory", "max_locked_memory", "max_swap", "max_shm_memory"];
+            let names = ["max_physical_memory", "max_locked_memory", "max_swap", "max_shm_memory"];
             assert_eq!(names.map(|name| number(&doc, name).unwrap()), wanted, "{text}");
         }
     }

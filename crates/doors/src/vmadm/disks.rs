@@ -178,8 +178,10 @@ mod tests {
 
     #[test]
     fn paths_are_made_and_given_only_for_what_is_there() {
-        let list = with(r#"[{"model":"virtio","size":10,"boot":true},{"model":"ide","size":20},
-            {"media":"cdrom","path":"/foo.iso","model":"ide"}]"#)
+        let list = with(
+            r#"[{"model":"virtio","size":10,"boot":true},{"model":"ide","size":20},
+            {"media":"cdrom","path":"/foo.iso","model":"ide"}]"#,
+        )
         .unwrap();
         let paths: Vec<&str> = list.iter().filter_map(|d| text(d, "path")).collect();
         assert!(paths[0].ends_with("-disk0") && paths[1].ends_with("-disk1"), "{paths:?}");
@@ -202,7 +204,10 @@ mod tests {
                 r#"[{"size":10,"model":"virtio","block_size":31337}]"#,
                 "invalid .block_size(31337), must be 512-131072 and a power of 2.",
             ),
-            (r#"[{"size":10,"model":"virtio"},{"size":1073741824,"model":"virtio"}]"#, "cannot create volume"),
+            (
+                r#"[{"size":10,"model":"virtio"},{"size":1073741824,"model":"virtio"}]"#,
+                "cannot create volume",
+            ),
             (
                 r#"[{"size":1,"model":"ide","boot":true},{"size":1,"model":"ide","boot":true}]"#,
                 "multiple boot disks: ",

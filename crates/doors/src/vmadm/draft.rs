@@ -44,7 +44,9 @@ pub(super) fn boot_order(text: &str) -> Result<Order, String> {
     for (i, part) in text.split(',').enumerate() {
         match part.split_once('=') {
             Some(("once", value)) => once = value.chars().next().map(letter).transpose()?,
-            Some(("order", letters)) => order = letters.chars().map(letter).collect::<Result<_, _>>()?,
+            Some(("order", letters)) => {
+                order = letters.chars().map(letter).collect::<Result<_, _>>()?
+            }
             None if i == 0 => order = part.chars().map(letter).collect::<Result<_, _>>()?,
             Some(_) | None => return Err(format!("Invalid boot order: \"{text}\"")),
         }
@@ -53,7 +55,12 @@ pub(super) fn boot_order(text: &str) -> Result<Order, String> {
         return Err(format!("Invalid boot order: \"{text}\""));
     }
     let mut seen = Vec::new();
-    order.retain(|device| !seen.contains(device) && { seen.push(device.clone()); true });
+    order.retain(|device| {
+        !seen.contains(device) && {
+            seen.push(device.clone());
+            true
+        }
+    });
     Ok((order, once))
 }
 
@@ -160,8 +167,11 @@ fn hostname(doc: &Object) -> String {
     let uuid = text(doc, "uuid").unwrap_or("");
     let label = |label: &str| {
         let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-        !label.is_empty() && label.len() <= 63 && label.bytes().all(inner)
-            && !label.starts_with('-') && !label.ends_with('-')
+        !label.is_empty()
+            && label.len() <= 63
+            && label.bytes().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
     };
     let given = text(doc, "hostname").filter(|name| name.split('.').all(label));
     given.unwrap_or(uuid).to_owned()
@@ -217,9 +227,7 @@ fn guest_routes(doc: &Object) -> Value {
     let routes = doc.get("routes").and_then(Value::as_object).into_iter().flatten();
     let list = routes.filter_map(|(dst, gateway)| {
         let gateway = gateway.as_str()?;
-        let named = |list: &str| {
-            gateway.strip_prefix(list)?.strip_suffix(']').map(str::to_owned)
-        };
+        let named = |list: &str| gateway.strip_prefix(list)?.strip_suffix(']').map(str::to_owned);
         let nic = match (named("nics["), named("macs[")) {
             (Some(index), _) => nics.get(index.parse::<usize>().ok()?),
             (None, Some(mac)) => nics.iter().find(|nic| text(nic, "mac") == Some(&mac)),
@@ -239,9 +247,9 @@ pub(super) fn scalar(value: &Value) -> Option<Scalar> {
     match value {
         Value::Bool(value) => Some(Scalar::Bool(*value)),
         Value::String(text) => Some(Scalar::Text(text.clone())),
-        Value::Number(n) => {
-            Some(n.as_i64().map_or_else(|| Scalar::Number(n.as_f64().unwrap_or(0.0)), Scalar::Integer))
-        }
+        Value::Number(n) => Some(
+            n.as_i64().map_or_else(|| Scalar::Number(n.as_f64().unwrap_or(0.0)), Scalar::Integer),
+        ),
         Value::Null | Value::Array(_) | Value::Object(_) => None,
     }
 }

@@ -51,10 +51,22 @@ pub(super) enum Verb {
     Receive,
     List(Table),
     Lookup(Lookup),
-    Events { target: Option<String>, full: bool, json: bool, ready: bool },
-    Validate { action: String, brand: Option<String>, source: Source },
+    Events {
+        target: Option<String>,
+        full: bool,
+        json: bool,
+        ready: bool,
+    },
+    Validate {
+        action: String,
+        brand: Option<String>,
+        source: Source,
+    },
     /// All that concern one machine.
-    One { target: String, what: One },
+    One {
+        target: String,
+        what: One,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -274,12 +286,15 @@ fn one(name: &str, typed: &str, rest: &[String]) -> Result<(String, One), Usage>
         "update" | "reprovision" => Words::sort(rest, "", "f")?,
         _ => Words::sort(rest, "", "")?,
     };
-    let (target, more) = words.target(typed, match name {
-        "info" | "start" | "update" | "sysrq" => many,
-        "send" => 1,
-        _ if name.ends_with("-snapshot") => many,
-        _ => 0,
-    })?;
+    let (target, more) = words.target(
+        typed,
+        match name {
+            "info" | "start" | "update" | "sysrq" => many,
+            "send" => 1,
+            _ if name.ends_with("-snapshot") => many,
+            _ => 0,
+        },
+    )?;
     let more = more.as_slice();
     let (force, timeout) = (words.has('F'), words.timeout()?);
     let snapshot = || match more {
@@ -306,7 +321,8 @@ fn one(name: &str, typed: &str, rest: &[String]) -> Result<(String, One), Usage>
             _ => return Err(Usage("Wrong number of parameters to \"sysrq\"".into())),
         },
         "update" => {
-            if let Some(odd) = more.iter().find(|word| !word.contains('=') || word.starts_with('{')) {
+            if let Some(odd) = more.iter().find(|word| !word.contains('=') || word.starts_with('{'))
+            {
                 let why = "is not property=value; a JSON document comes with -f or on stdin";
                 return Err(Usage(format!("{odd} {why}")));
             }

@@ -6,9 +6,8 @@ use serde_json::{Map, Value, json};
 use super::properties::Brand;
 use super::values::{Object, text};
 
-const KVM: [&str; 10] = [
-    "block", "blockstats", "chardev", "cpus", "kvm", "pci", "spice", "status", "version", "vnc",
-];
+const KVM: [&str; 10] =
+    ["block", "blockstats", "chardev", "cpus", "kvm", "pci", "spice", "status", "version", "vnc"];
 const BHYVE: [&str; 1] = ["vnc"];
 
 /// The kinds asked for; all where none is named.
@@ -148,8 +147,12 @@ mod tests {
     fn case_9_a_display_is_counted_from_5900() {
         let said = json!({"vnc": {"host": "127.0.0.1", "port": 20_001}});
         let answer = shape(&["vnc".into()], &said, &Object::new());
-        assert_eq!(answer, json!({"vnc": {"host": "127.0.0.1", "port": 20_001, "display": 14_101}}));
-        let low = shape(&["vnc".into()], &json!({"vnc": {"host": "h", "port": 80}}), &Object::new());
+        assert_eq!(
+            answer,
+            json!({"vnc": {"host": "127.0.0.1", "port": 20_001, "display": 14_101}})
+        );
+        let low =
+            shape(&["vnc".into()], &json!({"vnc": {"host": "h", "port": 80}}), &Object::new());
         assert!(low["vnc"].get("display").is_none());
         assert_eq!(shape(&["vnc".into()], &json!({}), &Object::new()), json!({"vnc": {}}));
     }

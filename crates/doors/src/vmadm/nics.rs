@@ -243,7 +243,9 @@ pub(super) fn conflicts(doc: &Object, nics: &[Object], world: &World) -> Result<
                 if let Some(what) = mac
                     .map(|mac| format!("MAC {mac}"))
                     .or(ip.map(|ip| format!("IP {ip}")))
-                    .or(vrid(nic).filter(|v| vrid(&theirs) == Some(*v)).map(|v| format!("VRID {v}")))
+                    .or(vrid(nic)
+                        .filter(|v| vrid(&theirs) == Some(*v))
+                        .map(|v| format!("VRID {v}")))
                 {
                     return Err(format!("{WHY} ({what} belongs to {holder})"));
                 }
@@ -301,7 +303,9 @@ mod tests {
                 "Invalid nic tag \"does_not_exist\"; known are admin, external",
             ),
             (
-                format!(r#"[{{{a},"primary":true}},{{{a},"primary":true}},{{{a},"primary":true}}]"#),
+                format!(
+                    r#"[{{{a},"primary":true}},{{{a},"primary":true}},{{{a},"primary":true}}]"#
+                ),
                 "payload specifies more than 1 primary NIC",
             ),
             (

@@ -205,18 +205,15 @@ fn missing_disk(refusal: &Refusal, own: &[Object], words: &BootWords) -> Option<
     Some(format!("Cannot find disk: {path}"))
 }
 
-async fn stop(
-    session: &mut Session<'_, '_>,
-    vm: Vm,
-    force: bool,
-    timeout: Option<u64>,
-) -> Done {
+async fn stop(session: &mut Session<'_, '_>, vm: Vm, force: bool, timeout: Option<u64>) -> Done {
     let uuid = &vm.uuid;
     set_autoboot(session, uuid, false).await?;
     let stopping = vm.now() == State::Stopping;
     if !vm.now().is_live() || (stopping && !force) {
         let now = vm.state();
-        return Err(Fault::Notice(format!("VM {uuid} is already not 'running' (currently: {now})")));
+        return Err(Fault::Notice(format!(
+            "VM {uuid} is already not 'running' (currently: {now})"
+        )));
     }
     let timeout = timeout.filter(|t| *t > 0).map_or(STOP_TIMEOUT, Duration::from_secs);
     let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
@@ -225,12 +222,7 @@ async fn stop(
     session.say(&format!("Successfully completed stop for VM {uuid}"))
 }
 
-async fn reboot(
-    session: &mut Session<'_, '_>,
-    vm: Vm,
-    force: bool,
-    timeout: Option<u64>,
-) -> Done {
+async fn reboot(session: &mut Session<'_, '_>, vm: Vm, force: bool, timeout: Option<u64>) -> Done {
     let uuid = &vm.uuid;
     if vm.state() != "running" {
         let (verb, end) = if force { ("reset", ".") } else { ("reboot", "") };

@@ -238,8 +238,14 @@ pub(super) const NIC: &[Property] = &[
 ];
 
 /// Kept and given back; nothing here acts on them.
-pub(super) const INERT: &[&str] =
-    &["qemu_opts", "qemu_extra_opts", "bhyve_extra_opts", "spice_port", "spice_opts", "pci_devices"];
+pub(super) const INERT: &[&str] = &[
+    "qemu_opts",
+    "qemu_extra_opts",
+    "bhyve_extra_opts",
+    "spice_port",
+    "spice_opts",
+    "pci_devices",
+];
 
 /// A column of `list`: the property, its heading and its width.
 pub(super) const COLUMNS: &[(&str, &str, usize)] = &[
@@ -292,17 +298,8 @@ pub(super) const COLUMNS: &[(&str, &str, usize)] = &[
 /// Parts of disks and interfaces that can be columns and filters.
 pub(super) const DISK_COLUMNS: &[&str] =
     &["boot", "image_name", "image_size", "image_uuid", "size", "media", "model", "zpool"];
-pub(super) const NIC_COLUMNS: &[&str] = &[
-    "dhcp_server",
-    "gateway",
-    "interface",
-    "ip",
-    "mac",
-    "model",
-    "netmask",
-    "nic_tag",
-    "vlan_id",
-];
+pub(super) const NIC_COLUMNS: &[&str] =
+    &["dhcp_server", "gateway", "interface", "ip", "mac", "model", "netmask", "nic_tag", "vlan_id"];
 
 pub(super) fn find(table: &'static [Property], name: &str) -> Option<&'static Property> {
     table.iter().find(|property| property.name == name)

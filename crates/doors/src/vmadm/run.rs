@@ -85,11 +85,7 @@ impl From<Usage> for Fault {
 pub(super) type Done = Result<End, Fault>;
 
 /// Carries a command out. The error is about the daemon or the output, not about the command.
-pub async fn run(
-    words: &[String],
-    client: &mut Client,
-    place: Place<'_>,
-) -> std::io::Result<End> {
+pub async fn run(words: &[String], client: &mut Client, place: Place<'_>) -> std::io::Result<End> {
     let mut session = Session { client, place };
     let program = session.place.program.clone();
     let (message, code) = match session.carry_out(words).await {
@@ -188,7 +184,8 @@ impl Session<'_, '_> {
         let docs = self.docs().await?;
         let uuid = |doc: &Object| text(doc, "uuid").unwrap_or("").to_owned();
         let meant = |doc: &&Object| {
-            text(doc, "alias") == Some(target) || (target.len() >= 4 && uuid(doc).starts_with(target))
+            text(doc, "alias") == Some(target)
+                || (target.len() >= 4 && uuid(doc).starts_with(target))
         };
         let found: Vec<String> = docs.iter().filter(meant).map(uuid).collect();
         match found.as_slice() {

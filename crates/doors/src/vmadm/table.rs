@@ -99,7 +99,8 @@ pub(super) fn list(vms: &[Object], table: &Table) -> Result<String, String> {
     let Table { parsable, header, columns, sort, .. } = table;
     let filters = filters(&table.filters, "filter")?;
     let words = |list: &[&str]| list.iter().map(|w| (*w).to_owned()).collect::<Vec<String>>();
-    let names = columns.clone().unwrap_or_else(|| words(&["uuid", "type", "ram", "state", "alias"]));
+    let names =
+        columns.clone().unwrap_or_else(|| words(&["uuid", "type", "ram", "state", "alias"]));
     let mut headings = Vec::new();
     for name in &names {
         if name.contains('*') {
@@ -225,9 +226,8 @@ mod tests {
     }
 
     fn table(columns: &str, sort: &str, filters: &str) -> Table {
-        let list = |text: &str| {
-            (!text.is_empty()).then(|| text.split(',').map(str::to_owned).collect())
-        };
+        let list =
+            |text: &str| (!text.is_empty()).then(|| text.split(',').map(str::to_owned).collect());
         let filters = pairs(filters);
         Table { columns: list(columns), sort: list(sort), filters, ..Table::default() }
     }
@@ -244,16 +244,15 @@ mod tests {
         );
         let parsable = Table { parsable: true, ..Table::default() };
         assert_eq!(list(one, &parsable).unwrap(), format!("{U}:KVM:1024:stopped:\n"));
-        let asked = Table { header: Some(false), ..table("uuid,autoboot,nics.0.ip,tags.x", "", "") };
-        assert_eq!(
-            list(one, &asked).unwrap(),
-            format!("{U}  -         10.88.88.51           -\n")
-        );
+        let asked =
+            Table { header: Some(false), ..table("uuid,autoboot,nics.0.ip,tags.x", "", "") };
+        assert_eq!(list(one, &asked).unwrap(), format!("{U}  -         10.88.88.51           -\n"));
     }
 
     #[test]
     fn cases_73_74_and_order() {
-        let why = |columns, sort, filters| list(&vms(), &table(columns, sort, filters)).unwrap_err();
+        let why =
+            |columns, sort, filters| list(&vms(), &table(columns, sort, filters)).unwrap_err();
         assert_eq!(why("nics.*.ip", "", ""), "Invalid order key: \"nics.*.ip\"");
         assert_eq!(why("", "nics.*.ip", ""), "Invalid sort key: \"nics.*.ip\"");
         assert_eq!(why("", "", "foo=1"), "Invalid filter key: \"foo\"");

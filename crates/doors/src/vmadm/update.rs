@@ -47,8 +47,10 @@ pub(super) fn apply(
     disks(brand, &mut doc, &mut payload, world, (stopped, &state))?;
     nics(brand, &mut doc, &mut payload, world)?;
     if payload.contains_key("pci_devices") && !stopped {
-        return Err(format!("updates to pci_devices are only allowed when state is \"stopped\", \
-                            currently: {state} ({state})"));
+        return Err(format!(
+            "updates to pci_devices are only allowed when state is \"stopped\", \
+                            currently: {state} ({state})"
+        ));
     }
     for (name, value) in &payload {
         match value {
@@ -63,7 +65,8 @@ pub(super) fn apply(
 }
 
 fn lists(payload: &Object) -> Result<(), String> {
-    for name in ["add_disks", "update_disks", "remove_disks", "add_nics", "update_nics", "remove_nics"]
+    for name in
+        ["add_disks", "update_disks", "remove_disks", "add_nics", "update_nics", "remove_nics"]
     {
         if payload.get(name).is_some_and(|value| !value.is_array()) {
             return Err(format!("{name} must be an array."));
@@ -112,7 +115,8 @@ fn disks(
     for name in ["add_disks", "remove_disks", "update_disks"] {
         payload.remove(name);
     }
-    if !stopped && !(adds.is_empty() && removes.is_empty()) {
+    let moves = !adds.is_empty() || !removes.is_empty();
+    if moves && !stopped {
         return Err(format!(
             "updates to disks are only allowed when state is \"stopped\", currently: {state} ({state})"
         ));
@@ -170,12 +174,7 @@ fn update_disk(brand: Brand, disk: &mut Object, mut update: Object) -> Result<()
     Ok(())
 }
 
-fn nics(
-    brand: Brand,
-    doc: &mut Object,
-    payload: &mut Object,
-    world: &World,
-) -> Result<(), String> {
+fn nics(brand: Brand, doc: &mut Object, payload: &mut Object, world: &World) -> Result<(), String> {
     let adds = objects(payload, "add_nics");
     let removes: Vec<String> =
         texts(payload, "remove_nics").iter().filter_map(|text| mac(text)).collect();

@@ -373,13 +373,9 @@ mod tests {
             r#"{"brand":"kvm","rma":5,"ram":"64","nics":[{"nic_tga":"x","primary":1}]}"#,
         )
         .unwrap();
-        let (cleaned, left_out) =
-            clean(Action::Create, Brand::Kvm, payload.as_object().unwrap());
+        let (cleaned, left_out) = clean(Action::Create, Brand::Kvm, payload.as_object().unwrap());
         assert_eq!(cleaned["ram"], 64);
         assert_eq!(cleaned["nics"][0]["primary"], true);
-        assert_eq!(left_out, [
-            "rma (did you mean ram?)",
-            "nics.*.nic_tga (did you mean nic_tag?)"
-        ]);
+        assert_eq!(left_out, ["rma (did you mean ram?)", "nics.*.nic_tga (did you mean nic_tag?)"]);
     }
 }

@@ -181,9 +181,7 @@ pub(super) fn text_of(value: &Value) -> Option<String> {
         Value::Null => None,
         Value::String(text) => Some(text.clone()),
         Value::Bool(_) | Value::Number(_) => Some(value.to_string()),
-        Value::Array(items) => {
-            Some(items.iter().filter_map(text_of).collect::<Vec<_>>().join(","))
-        }
+        Value::Array(items) => Some(items.iter().filter_map(text_of).collect::<Vec<_>>().join(",")),
         Value::Object(_) => Some(value.to_string()),
     }
 }

@@ -15,8 +15,8 @@ use super::Linux;
 use super::drive::Drive;
 use super::launch::write_mdata;
 use super::live::{Live, Warden};
-use crate::backend::qemu::control::Control;
 use crate::backend::Screen;
+use crate::backend::qemu::control::Control;
 use crate::net::client;
 use crate::paths::{self, Paths};
 use crate::warden::message::Ask;
@@ -50,7 +50,9 @@ pub(super) fn settle(paths: &Paths, machine: &Machine) -> Result<(), String> {
         let own = machine.disks.iter().find(|d| d.name.as_str() == stem).map(|d| &d.source);
         match own {
             None if disk => fs::remove_file(&path).map_err(text(&path))?,
-            Some(DiskSource::Blank { size } | DiskSource::Image { size: Some(size), .. }) if disk => {
+            Some(DiskSource::Blank { size } | DiskSource::Image { size: Some(size), .. })
+                if disk =>
+            {
                 grow(&path, size.0)?;
             }
             Some(_) | None => {}

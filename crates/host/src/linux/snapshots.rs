@@ -36,8 +36,7 @@ impl Linux {
         });
         own.map(|disk| {
             let raw = home.join(format!("{}.raw", disk.name));
-            let path =
-                if raw.exists() { raw } else { home.join(format!("{}.qcow2", disk.name)) };
+            let path = if raw.exists() { raw } else { home.join(format!("{}.qcow2", disk.name)) };
             (disk.name.to_string(), path)
         })
         .collect()

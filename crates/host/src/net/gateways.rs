@@ -50,7 +50,8 @@ fn assign(label: u32, address: Ipv4Addr, prefix: Option<u8>) -> io::Result<()> {
         sockaddr.sin_family = libc::AF_INET as libc::sa_family_t;
         sockaddr.sin_addr.s_addr = u32::from(address).to_be();
         // SAFETY: both are socket addresses of 16 bytes of plain numbers.
-        wanted.ifr_ifru.ifru_addr = unsafe { std::mem::transmute(sockaddr) };
+        wanted.ifr_ifru.ifru_addr =
+            unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(sockaddr) };
         ioctl(socket.as_raw_fd(), code, (&raw mut wanted).cast())
     };
     set(SIOCSIFADDR, address)?;

@@ -17,8 +17,8 @@ use tokio::sync::{Notify, mpsc};
 
 use super::client::{self, NetAsk, Notice};
 use super::dhcp::{self, Place};
-use super::names::{World, enter};
 use super::gateways::Gateways;
+use super::names::{World, enter};
 use super::plan::{BRIDGE, METADATA, NetPlan};
 use super::{dns, guard, names, setup, tap};
 use crate::backend::Tap;
@@ -198,11 +198,7 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 }
 
 /// A machine's interface, for as long as its warden holds the connection.
-async fn attached(
-    network: Rc<Network>,
-    stream: UnixStream,
-    tap: Tap,
-) {
+async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     let Tap { interface, mac, address, subnet, lease, opened_by, .. } = tap.clone();
     let interface = interface.as_str();
     let (hostname, resolvers) = (tap.hostname.clone(), tap.resolvers.clone());

@@ -64,8 +64,19 @@ pub(super) fn serve(started: Started) {
 }
 
 async fn run(started: Started) {
-    let Started { plan, pid, console, log, warden, attach, stderr, networks, listeners, screen, mdata } =
-        started;
+    let Started {
+        plan,
+        pid,
+        console,
+        log,
+        warden,
+        attach,
+        stderr,
+        networks,
+        listeners,
+        screen,
+        mdata,
+    } = started;
     let ready = plan.ready.as_deref().unwrap_or("");
     let regex = ready.strip_prefix("console:").and_then(|r| Regex::new(r).ok());
     // Room for the messages of a moment; a reader that falls behind skips.

@@ -126,7 +126,8 @@ fn cases_47_to_57_documents_that_make_no_machine() {
     assert!(v.lab.ok(&["gc", "--dry-run"]).contains("nothing to remove"));
     let file = v.fails(&["create", "-f", "/nope"], "");
     assert_eq!(file, "File: /nope does not exist.");
-    let dhcp = v.create(&format!(r#"{{"brand":"kvm","autoboot":false,"nics":[{{{a},"ip":"dhcp"}}]}}"#));
+    let dhcp =
+        v.create(&format!(r#"{{"brand":"kvm","autoboot":false,"nics":[{{{a},"ip":"dhcp"}}]}}"#));
     let odd = v.says(
         &["create"],
         r#"{"brand":"kvm","autoboot":false,"rma":5,"alias":"odd","qemu_extra_opts":"-S"}"#,
@@ -174,10 +175,7 @@ fn cases_58_to_66_updates_are_kept() {
     let mac = v.get(u)["nics"][0]["mac"].as_str().unwrap().to_owned();
     let primary = json!({"update_nics": [{"mac": mac, "primary": false}]}).to_string();
     let why = v.fails(&["update", u], &primary);
-    assert_eq!(
-        why,
-        "first of 1 error: invalid value for NIC's primary flag: false (must be true)"
-    );
+    assert_eq!(why, "first of 1 error: invalid value for NIC's primary flag: false (must be true)");
     let none = v.says(&["update", u], r#"{"tags":{"c":"d"}}"#);
     assert!(none.err.contains("left out: tags"), "{}", none.err);
     assert_eq!(v.get(u)["tags"], json!({"a": "b"}));
@@ -223,7 +221,8 @@ fn events_tell_what_changes() {
     assert_eq!(next("create")["uuid"], json!(uuid));
     v.ok(&["update", &uuid, "ram=256"]);
     let changes = next("modify")["changes"].clone();
-    let ram = changes.as_array().unwrap().iter().find(|c| c["prettyPath"] == "ram").unwrap().clone();
+    let ram =
+        changes.as_array().unwrap().iter().find(|c| c["prettyPath"] == "ram").unwrap().clone();
     assert_eq!((&ram["oldValue"], &ram["newValue"]), (&json!(1024), &json!(256)));
     v.ok(&["delete", &uuid]);
     assert_eq!(next("delete")["vm"]["uuid"], json!(uuid));
@@ -251,7 +250,10 @@ fn the_brand_bhyve_has_snapshots_and_a_stream_carries_a_machine() {
     let mut changed = before.clone();
     changed.extend([0; 65_536]);
     std::fs::write(&disk, changed).unwrap();
-    assert_eq!(v.ok(&["rollback-snapshot", u, "s1"]), format!("Rolled back snapshot s1 for VM {u}"));
+    assert_eq!(
+        v.ok(&["rollback-snapshot", u, "s1"]),
+        format!("Rolled back snapshot s1 for VM {u}")
+    );
     assert_eq!(v.state(u), "running");
     v.ok(&["stop", u, "-F"]);
     assert!(std::fs::read(&disk).unwrap() == before, "the disk is what it was");

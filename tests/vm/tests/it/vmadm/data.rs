@@ -19,7 +19,8 @@ fn asking(lines: &[String]) -> String {
     for line in lines {
         script += &format!("ask '{line}'\n");
     }
-    script + "first greeting\necho GUEST-READY\nwhile IFS= read -r typed; do eval \"$typed\"; done\n"
+    script
+        + "first greeting\necho GUEST-READY\nwhile IFS= read -r typed; do eval \"$typed\"; done\n"
 }
 
 fn v2(body: &str) -> String {
@@ -30,7 +31,8 @@ fn b64(text: &str) -> String {
     const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::new();
     for chunk in text.as_bytes().chunks(3) {
-        let bits = chunk.iter().fold(0_u32, |bits, b| bits << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
+        let bits = chunk.iter().fold(0_u32, |bits, b| bits << 8 | u32::from(*b))
+            << (8 * (3 - chunk.len()));
         for i in 0..4 {
             let letter = LETTERS[(bits >> (18 - 6 * i) & 63) as usize] as char;
             out.push(if i <= chunk.len() { letter } else { '=' });
@@ -122,7 +124,11 @@ fn flood(v: &Vmadm, uuid: &str) {
         line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
     };
     let before = warden();
-    v.lab.type_and_see(uuid, "head -c 3000000 /dev/zero | tr '\\0' x >&3; echo SENT-$((1+1))\n", "SENT-2");
+    v.lab.type_and_see(
+        uuid,
+        "head -c 3000000 /dev/zero | tr '\\0' x >&3; echo SENT-$((1+1))\n",
+        "SENT-2",
+    );
     v.lab.type_and_see(uuid, "ask ''\nask 'NEGOTIATE V2'\n", "MD{NEGOTIATE V2}={V2_OK}");
     let after = warden();
     assert!(after < before + 8192, "{before} KiB became {after} KiB");

@@ -50,7 +50,8 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
     let mut tries = |what: &str| {
         nth += 1;
         // The echo of what is typed must not look like the answer.
-        let typed = format!("{what} > /dev/null 2>&1 && echo try-{nth}-y\"\"es || echo try-{nth}-n\"\"o\n");
+        let typed =
+            format!("{what} > /dev/null 2>&1 && echo try-{nth}-y\"\"es || echo try-{nth}-n\"\"o\n");
         let mut console = v.lab.attach(&a);
         std::io::Write::write_all(console.stdin.as_mut().unwrap(), typed.as_bytes()).unwrap();
         let wanted = format!("try-{nth}-");
@@ -79,7 +80,9 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
     let other_mac = "ip link set eth0 down; ip link set eth0 address 02:08:20:00:00:99; \
                      ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.88.88.52";
     assert!(!tries(other_mac), "another Ethernet address does not pass");
-    tries(&format!("ip link set eth0 down; ip link set eth0 address {own}; ip link set eth0 up; sleep 1"));
+    tries(&format!(
+        "ip link set eth0 down; ip link set eth0 address {own}; ip link set eth0 up; sleep 1"
+    ));
     assert!(tries("ping -c 3 -W 5 10.88.88.52"));
     let update = |change: serde_json::Value| {
         let mut nic = json!({"mac": own});
@@ -131,10 +134,7 @@ fn other_interfaces_and_brands_are_told_less() {
     }
     let said = v.console(&kvm, "GUEST-READY");
     let lease = said.lines().find(|line| line.starts_with("LEASE")).unwrap_or(&said).trim();
-    assert_eq!(
-        lease,
-        "LEASE ip=10.9.0.11 router= dns= lease=86400 server=169.254.169.254 host="
-    );
+    assert_eq!(lease, "LEASE ip=10.9.0.11 router= dns= lease=86400 server=169.254.169.254 host=");
     let said = v.console(&bhyve, "GUEST-READY");
     assert!(!said.contains("LEASE"), "{said}");
     for uuid in [&kvm, &bhyve] {

@@ -30,7 +30,10 @@ fn a_viewer_sees_the_screen_and_types() {
         assert!(begun.elapsed().as_secs() < 60, "the screen stays dark");
         seen = viewer.picture();
     }
-    assert_eq!(v.ok(&["sysrq", &uuid, "screenshot"]), format!("Sent screenshot sysrq to VM {uuid}"));
+    assert_eq!(
+        v.ok(&["sysrq", &uuid, "screenshot"]),
+        format!("Sent screenshot sysrq to VM {uuid}")
+    );
     let file = v.get(&uuid)["zonepath"].as_str().unwrap().to_owned() + "/root/tmp/vm.ppm";
     let (width, height, shot) = read_ppm(&std::fs::read(file).unwrap());
     let seen = viewer.picture();

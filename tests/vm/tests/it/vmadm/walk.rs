@@ -70,10 +70,7 @@ fn info(v: &Vmadm, u: &str) {
         value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(",")
     };
     assert_eq!(names("block,blockstats,chardev"), "block,blockstats,chardev");
-    assert_eq!(
-        names("all"),
-        "block,blockstats,chardev,cpus,kvm,pci,spice,status,version,vnc"
-    );
+    assert_eq!(names("all"), "block,blockstats,chardev,cpus,kvm,pci,spice,status,version,vnc");
     let all = v.info(u, "all");
     assert_eq!(all["status"]["running"], true);
     assert!(all["version"]["qemu"]["major"].as_u64().unwrap() >= 7);
@@ -91,7 +88,10 @@ fn power_button(v: &Vmadm, u: &str) {
     v.lab.until("the next boot", || boots() > seen);
     let before = v.get(u)["boot_timestamp"].clone();
     v.feed(&["update", u], r#"{"boot":"order=d"}"#);
-    assert_eq!(v.ok(&["reboot", u, "-t", "60"]), format!("Successfully completed reboot for VM {u}"));
+    assert_eq!(
+        v.ok(&["reboot", u, "-t", "60"]),
+        format!("Successfully completed reboot for VM {u}")
+    );
     assert_ne!(v.get(u)["boot_timestamp"], before);
     assert_eq!(v.state(u), "running");
     let signal = v.ok(&["kill", "-9", u]);
@@ -130,8 +130,10 @@ fn case_14_a_guest_that_obeys() {
     let iso = assets::bootable(&assets::guest(OBEYS), "");
     need!(iso.is_some(), "isolinux");
     let v = Vmadm::new();
-    let uuid = v.create(r#"{"brand":"kvm","autoboot":false,"ram":512,"boot":"order=d","alias":"button",
-        "disks":[{"media":"cdrom","path":"/i.iso","model":"ide"}]}"#);
+    let uuid = v.create(
+        r#"{"brand":"kvm","autoboot":false,"ram":512,"boot":"order=d","alias":"button",
+        "disks":[{"media":"cdrom","path":"/i.iso","model":"ide"}]}"#,
+    );
     v.bring(&uuid, &iso.unwrap(), "i.iso");
     // Machines are also named by their alias, and by the start of their identity.
     v.ok(&["start", "button"]);
