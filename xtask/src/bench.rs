@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::bench_door;
 use crate::run::{command, say};
+use crate::{bench_door, bench_vmadm};
 
 const ROUNDS: usize = 7;
 
@@ -33,7 +33,7 @@ pub(crate) fn bench() -> Result<()> {
     let kernel =
         newest(&cache, "vmlinuz").context("run `make vm-test` once: it makes the guests")?;
     let initrd =
-        newest(&cache, "guest-").context("run `make vm-test` once: it makes the guests")?;
+        newest(&cache, "shell-").context("run `make vm-test` once: it makes the guests")?;
     let home = std::env::temp_dir().join(format!("lodge-bench-{}", std::process::id()));
     fs::create_dir_all(&home)?;
     let lodge = std::env::current_dir()?.join("target/release/lodge");
@@ -183,6 +183,7 @@ impl Bench {
         rows.push(self.ten()?);
         rows.push(self.adoption()?);
         rows.extend(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);
+        rows.extend(bench_vmadm::measure(&self.lodge, &self.home, &self.kernel, &self.initrd)?);
         Ok(rows)
     }
 

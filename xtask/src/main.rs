@@ -3,6 +3,7 @@
 
 mod bench;
 mod bench_door;
+mod bench_vmadm;
 mod leftovers;
 mod openapi;
 #[cfg(feature = "proto")]

@@ -198,7 +198,7 @@ impl Host for Linux {
 
     async fn refresh(&self, machine: Arc<Machine>) -> Result<(), String> {
         let live = self.live(machine.id)?;
-        live.refresh(&machine).await
+        live.refresh(&machine, self.facts().await).await
     }
 
     async fn release(&self, machine: Arc<Machine>) {

@@ -92,6 +92,28 @@ pub fn create(hierarchy: &Hierarchy, name: &str, limits: &Limits) -> io::Result<
     Ok(joins)
 }
 
+/// Puts other limits in force on a group that is there; what is not limited any more is set free.
+pub fn change(hierarchy: &Hierarchy, name: &str, limits: &Limits) -> io::Result<()> {
+    for (dir, settings) in groups(hierarchy, name, limits) {
+        for (file, value) in free(hierarchy, &dir).into_iter().chain(settings) {
+            fs::write(dir.join(file), value)?;
+        }
+    }
+    Ok(())
+}
+
+/// What lifts the limits of a group that may have none.
+fn free(hierarchy: &Hierarchy, dir: &Path) -> Settings {
+    let names: &[&'static str] = match hierarchy {
+        Hierarchy::V2(_) => &["cpu.max", "memory.max"],
+        Hierarchy::V1(_) => &["cpu.cfs_quota_us", "memory.limit_in_bytes"],
+        Hierarchy::None(_) => &[],
+    };
+    let lifted = if matches!(hierarchy, Hierarchy::V2(_)) { "max" } else { "-1" };
+    let there = names.iter().filter(|name| dir.join(name).exists());
+    there.map(|name| (*name, lifted.to_owned())).collect()
+}
+
 /// Removes the group; a group that does not exist is removed already.
 pub fn remove(hierarchy: &Hierarchy, name: &str) -> io::Result<()> {
     for dir in folders(hierarchy, name) {
@@ -203,6 +225,18 @@ mod tests {
         assert_eq!(read(&root.path().join("lodge/a/cpu.max")), "150000 100000");
         assert_eq!(read(&root.path().join("lodge/a/cpu.weight")), "50");
         assert_eq!(read(&root.path().join("cgroup.subtree_control")), "+cpu +memory +pids");
+    }
+
+    #[test]
+    fn limits_change_and_are_lifted() {
+        let root = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::V2(root.path().to_owned());
+        create(&hierarchy, "a", &LIMITS).unwrap();
+        let none = Limits { cpu_percent: None, cpu_weight: 7, memory_bytes: Some(5), threads: 9 };
+        change(&hierarchy, "a", &none).unwrap();
+        let at = |file: &str| read(&root.path().join("lodge/a").join(file));
+        assert_eq!([at("cpu.max"), at("cpu.weight")], ["max", "7"]);
+        assert_eq!([at("memory.max"), at("pids.max")], ["5", "9"]);
     }
 
     #[test]

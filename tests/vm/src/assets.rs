@@ -158,7 +158,11 @@ pub fn guest(script: &str) -> String {
 
 /// A guest that says that it is there and then is a shell.
 pub fn shell() -> String {
-    guest("echo GUEST-READY\nsh\n")
+    let path = guest("echo GUEST-READY\nsh\n");
+    // Under a name of its own, by which `make bench` finds it.
+    let own = path.replace("guest-", "shell-");
+    let _ = fs::hard_link(&path, own);
+    path
 }
 
 /// A guest that takes an address, serves its name over HTTP, and then is a shell.

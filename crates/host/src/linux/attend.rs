@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use lodge_jail::cgroup;
 use lodge_spec::machine::{Disk, DiskSource, Machine};
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::Problems;
@@ -15,8 +16,9 @@ use super::Linux;
 use super::drive::Drive;
 use super::launch::write_mdata;
 use super::live::{Live, Warden};
-use crate::backend::Screen;
 use crate::backend::qemu::control::Control;
+use crate::backend::{Cgroup, Screen};
+use crate::facts::Facts;
 use crate::net::client;
 use crate::paths::{self, Paths};
 use crate::warden::message::Ask;
@@ -168,8 +170,19 @@ impl Linux {
 impl Live {
     /// Takes over what can be taken over while the guest runs: metadata, where and to whom the
     /// screen is shown, what interfaces may send.
-    pub(super) async fn refresh(&self, machine: &Machine) -> Result<(), String> {
+    pub(super) async fn refresh(&self, machine: &Machine, facts: &Facts) -> Result<(), String> {
         let plan = &self.launch.warden;
+        let mut group = Cgroup::of(machine, facts);
+        let mut limits = self.limits.lock().await;
+        // The guest keeps the memory that it was started with, so what it needs is not taken away.
+        group.limits.memory_bytes =
+            limits.memory_bytes.zip(group.limits.memory_bytes).map(|(now, then)| now.max(then));
+        if *limits != group.limits {
+            cgroup::change(&group.hierarchy, &group.name, &group.limits)
+                .map_err(|e| format!("limits: {e}"))?;
+            *limits = group.limits;
+        }
+        drop(limits);
         if let Some(end) = plan.mdata.as_ref().filter(|_| machine.mdata.is_some()) {
             write_mdata(machine, &end.file).map_err(|e| format!("metadata: {e}"))?;
             self.ask(Ask::Mdata).await?;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lodge_jail::cgroup::Limits;
 use lodge_machine::Seen;
 use lodge_machine::host::{Command, Found, Mark, Report, Sink};
 use lodge_spec::draft::GuardDraft;
@@ -40,6 +41,8 @@ pub(super) struct Live {
     sample: Arc<std::sync::Mutex<Option<Sample>>>,
     /// Questions that want a descriptor go over a connection of their own, one at a time.
     taps: Arc<Mutex<()>>,
+    /// What the hypervisor may use now.
+    pub(super) limits: Arc<Mutex<Limits>>,
     /// Where the screen is shown now.
     pub(super) shown: Arc<Mutex<Option<ScreenPort>>>,
     /// What interfaces may send, where that has changed since the start.
@@ -187,7 +190,8 @@ fn go_on(launch: Launch, warden: Warden, drive: Drive, told: Told, sink: Sink) -
     tokio::spawn(hear_warden(warden, asked, sink.clone()));
     let (taps, sample, guarded) = (Arc::default(), Arc::default(), Arc::default());
     let shown = Arc::new(Mutex::new(launch.warden.screen.as_ref().and_then(|s| s.at)));
-    Live { drive, sink, launch: Arc::new(launch), pid, asks, sample, taps, shown, guarded }
+    let limits = Arc::new(Mutex::new(launch.warden.cgroup.limits));
+    Live { limits, drive, sink, launch: Arc::new(launch), pid, asks, sample, taps, shown, guarded }
 }
 
 async fn hear_hypervisor(
