@@ -10,6 +10,7 @@ mod events;
 mod grammar;
 mod info;
 mod nics;
+mod nocloud;
 mod one;
 mod properties;
 mod run;

@@ -3,6 +3,7 @@
 
 pub mod cpio;
 pub mod ext4;
+pub mod fat;
 pub mod kernel;
 pub mod mdata;
 pub mod qcow2;

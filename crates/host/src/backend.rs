@@ -96,6 +96,10 @@ pub enum Step {
     Mdata {
         path: PathBuf,
     },
+    /// A disk with files for cloud-init.
+    Cidata {
+        path: PathBuf,
+    },
     /// The password of the screen, for the hypervisor alone.
     VncPassword {
         path: PathBuf,
@@ -134,6 +138,7 @@ impl fmt::Display for Step {
                 write!(f, "disk {} with {files} files", path.display())
             }
             Step::Mdata { path } => write!(f, "metadata {}", path.display()),
+            Step::Cidata { path } => write!(f, "disk {} for cloud-init", path.display()),
             Step::VncPassword { path, .. } => write!(f, "screen password {}", path.display()),
         }
     }

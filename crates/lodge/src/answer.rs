@@ -13,7 +13,7 @@ use lodge_machine::record::Record;
 use lodge_machine::{Keeper, Verb};
 use lodge_spec::machine::{BackendKind, Boot, DiskSource};
 use lodge_spec::names::ImageName;
-use lodge_spec::request::{Refusal, Reply, Request, Target};
+use lodge_spec::request::{Question, Refusal, Reply, Request, Target};
 use lodge_spec::state::{Event, State};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
@@ -127,7 +127,7 @@ impl Answer {
                 let usage = self.keeper.host().usage(&record.machine).await;
                 Ok(Reply::Usage { usage })
             }
-            Request::Inspect { target } => self.inspect(&target),
+            Request::Inspect { target } => self.inspect(&target).await,
             Request::Why { target } => self.why(&target).await,
             Request::Timeline { target } => self.timeline(&target).await,
             Request::Wait { target, until, timeout_ms } => {
@@ -262,15 +262,20 @@ impl Answer {
         Ok(Reply::Document { value })
     }
 
-    fn inspect(&self, target: &str) -> Result<Reply, Refusal> {
+    async fn inspect(&self, target: &str) -> Result<Reply, Refusal> {
         let value = match self.keeper.find(target)? {
             Found::Machine(record) => {
                 let id = record.machine.id;
+                let mut runs = self.keeper.host().describe(id);
+                if record.machine.display.is_some() && runs.is_object() {
+                    let said = self.keeper.host().monitor(id, &[Question::Vnc]).await;
+                    runs["vnc"] = said.map_or(Value::Null, |mut said| said["vnc"].take());
+                }
                 json!({
                     "summary": summary(&record),
                     "machine": record.machine.to_draft(),
                     "life": record.life,
-                    "runs": self.keeper.host().describe(id),
+                    "runs": runs,
                 })
             }
             Found::Broken(broken) => json!({

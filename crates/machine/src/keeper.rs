@@ -161,6 +161,7 @@ impl<H: Host> Keeper<H> {
             reports: None,
             stop_timeout: STOP_TIMEOUT,
             this_time: None,
+            wrote_us: 0,
             timers: 0,
             taken_up,
         };

@@ -254,6 +254,18 @@ pub fn lease(
     Ok(free)
 }
 
+/// Gives back what a machine's interfaces that are no more had.
+pub fn release_leases(c: &Connection, id: &str, macs: &[String]) -> rusqlite::Result<()> {
+    let mut held = c.prepare_cached("SELECT network, mac FROM leases WHERE id = ?1")?;
+    let held: Vec<(String, String)> =
+        held.query_map([id], |r| Ok((r.get(0)?, r.get(1)?)))?.collect::<Result<_, _>>()?;
+    for (network, mac) in held.iter().filter(|(_, mac)| !macs.contains(mac)) {
+        c.prepare_cached("DELETE FROM leases WHERE network = ?1 AND mac = ?2 AND id = ?3")?
+            .execute(params![network, mac, id])?;
+    }
+    Ok(())
+}
+
 fn in_savepoint<T>(
     c: &Connection,
     work: impl FnOnce(&Connection) -> rusqlite::Result<T>,

@@ -18,6 +18,9 @@ use crate::store::{self, Row, Store, StoreError, now_us};
 /// How long a guest that was asked to end may take where nobody said.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What a guest writes into its metadata is an event at most this often.
+const WROTE_PACE_US: i64 = 2_000_000;
+
 /// What everyone may know about a machine at any moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Published {
@@ -65,6 +68,8 @@ pub(crate) struct Task<H> {
     pub(crate) stop_timeout: Duration,
     /// The machine as it is to be at the start that comes next.
     pub(crate) this_time: Option<Box<Machine>>,
+    /// When an event last said that the guest had written.
+    pub(crate) wrote_us: i64,
     /// Timers of earlier generations are void.
     pub(crate) timers: u64,
     /// Dropped once what is published is what is.
@@ -283,7 +288,7 @@ impl<H: Host> Task<H> {
         }
         let before = self.record.clone();
         Arc::make_mut(&mut self.record).machine = machine;
-        if let Err(error) = self.persist(vec![("redefined".into(), String::new())]).await {
+        if let Err(error) = self.persist_redefined().await {
             self.record = before;
             return Err(Refusal::failed(error));
         }
@@ -307,7 +312,13 @@ impl<H: Host> Task<H> {
             Some(value) => drop(map.insert(key.clone(), Scalar::Text(value))),
             None => drop(map.remove(&key)),
         }
-        if let Err(error) = self.persist(vec![("metadata".into(), key)]).await {
+        // A guest that writes all the time does not fill the log.
+        let due = self.wrote_us + WROTE_PACE_US < now_us();
+        if due {
+            self.wrote_us = now_us();
+        }
+        let events = if due { vec![("metadata".into(), key)] } else { Vec::new() };
+        if let Err(error) = self.persist(events).await {
             let detail = error.to_string();
             return self.note(Mark { kind: "error".into(), detail, at_us: None }).await;
         }
@@ -345,6 +356,14 @@ impl<H: Host> Task<H> {
     }
 
     async fn persist(&mut self, events: Vec<(String, String)>) -> Result<(), StoreError> {
+        self.persist_with(events, |_| Ok(())).await
+    }
+
+    async fn persist_with(
+        &mut self,
+        events: Vec<(String, String)>,
+        more: impl FnOnce(&rusqlite::Connection) -> rusqlite::Result<()> + Send + 'static,
+    ) -> Result<(), StoreError> {
         let now = now_us();
         Arc::make_mut(&mut self.record).modified_us = now;
         let row = Row {
@@ -356,12 +375,21 @@ impl<H: Host> Task<H> {
             events.into_iter().map(|(kind, detail)| self.event(kind, detail, now)).collect();
         let written = self.store.write(move |c| {
             store::put_machine(c, &row)?;
+            more(c)?;
             events.into_iter().map(|e| store::put_event(c, e)).collect::<Result<Vec<_>, _>>()
         });
         for event in written.await? {
             let _ = self.events.send(event);
         }
         Ok(())
+    }
+
+    /// The description and what follows from it, in one transaction.
+    async fn persist_redefined(&mut self) -> Result<(), StoreError> {
+        let (id, nics) = (self.record.machine.id.to_string(), &self.record.machine.nics);
+        let macs: Vec<String> = nics.iter().map(|nic| nic.mac.to_string()).collect();
+        let events = vec![("redefined".into(), String::new())];
+        self.persist_with(events, move |c| store::release_leases(c, &id, &macs)).await
     }
 
     fn publish(&self, forgotten: bool) {

@@ -21,6 +21,7 @@ pub enum Feature {
     Display,
     Smbios,
     SecondSerial,
+    Cidata,
 }
 
 impl Feature {
@@ -40,6 +41,7 @@ impl Feature {
             Feature::RateLimits => "limits on what an interface carries",
             Feature::Display => "a screen",
             Feature::Smbios => "a name of its own for the guest to see",
+            Feature::Cidata => "a disk for cloud-init",
             Feature::SecondSerial => "a second serial port",
         }
     }
@@ -100,6 +102,7 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
         ("display", machine.display.is_some(), Feature::Display),
         ("smbios", machine.smbios.is_some(), Feature::Smbios),
         ("mdata", machine.mdata.is_some(), Feature::SecondSerial),
+        ("cidata", !machine.cidata.is_empty(), Feature::Cidata),
     ];
     for (path, _, feature) in extras.into_iter().filter(|(_, asked, _)| *asked) {
         need(path.into(), feature);

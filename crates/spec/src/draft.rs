@@ -96,6 +96,10 @@ pub struct Draft {
     /// SmartOS. No second serial port when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mdata: Option<MdataDraft>,
+    /// Files on a disk labelled CIDATA, where cloud-init's NoCloud finds them: `meta-data`,
+    /// `user-data`, `network-config`, `vendor-data`. No such disk when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cidata: Option<BTreeMap<String, String>>,
     /// A folder of the machine's own, for media: `own:/NAME` is a file in it. False when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own_folder: Option<bool>,

@@ -231,6 +231,20 @@ pub(crate) fn resolve_mdata(p: &mut Problems, draft: MdataDraft) -> Mdata {
     mdata
 }
 
+pub(crate) fn resolve_cidata(
+    p: &mut Problems,
+    files: BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    const NAMES: [&str; 4] = ["meta-data", "network-config", "user-data", "vendor-data"];
+    for name in files.keys().filter(|name| !NAMES.contains(&name.as_str())) {
+        p.add("cidata", format!("{name:?} is not looked for; known are {}", NAMES.join(", ")));
+    }
+    if files.values().map(String::len).sum::<usize>() > MAX_MDATA {
+        p.add("cidata", "its files have at most 1 MiB together");
+    }
+    files
+}
+
 pub(crate) fn resolve_subnet(
     p: &mut Problems,
     at: &impl Fn(&str) -> String,

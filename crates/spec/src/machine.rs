@@ -45,6 +45,8 @@ pub struct Machine {
     pub display: Option<Display>,
     pub smbios: Option<Smbios>,
     pub mdata: Option<Mdata>,
+    /// Files for cloud-init on a disk of their own; none where it is empty.
+    pub cidata: BTreeMap<String, String>,
     /// It has a folder of its own for media.
     pub own_folder: bool,
     pub origin: Option<Origin>,
@@ -341,6 +343,7 @@ impl Machine {
             display,
             smbios,
             mdata,
+            cidata,
             own_folder,
             origin,
         } = self;
@@ -405,6 +408,7 @@ impl Machine {
             display: display.as_ref().map(Display::to_draft),
             smbios: smbios.as_ref().map(Smbios::to_draft),
             mdata: mdata.as_ref().map(Mdata::to_draft),
+            cidata: Some(cidata.clone()).filter(|files| !files.is_empty()),
             own_folder: Some(*own_folder),
             origin: origin.as_ref().map(|Origin { door, id, owner, document }| OriginDraft {
                 door: Some(door.clone()),

@@ -67,6 +67,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         display,
         smbios,
         mdata,
+        cidata,
         own_folder,
         origin,
     } = draft;
@@ -137,6 +138,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         display: display.and_then(|d| extras::resolve_display(&mut p, d)),
         smbios: smbios.map(|s| extras::resolve_smbios(&mut p, s)),
         mdata: mdata.map(|m| extras::resolve_mdata(&mut p, m)),
+        cidata: cidata.map(|files| extras::resolve_cidata(&mut p, files)).unwrap_or_default(),
         own_folder: own_folder.unwrap_or(false),
         origin: origin.and_then(|o| resolve_origin(&mut p, o)),
     };

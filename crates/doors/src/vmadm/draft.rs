@@ -138,6 +138,7 @@ pub(super) fn draft(
             family: Some("Virtual Machine".into()),
         }),
         mdata: Some(mdata(doc, metadata, settings)),
+        cidata: super::nocloud::files(doc, metadata).filter(|_| brand == Brand::Bhyve),
         own_folder: Some(true),
         origin: Some(OriginDraft {
             door: Some(DOOR.into()),

@@ -91,6 +91,7 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
             let files = layer::guest_files(machine, true)?;
             layer::write_files_disk(path, &files).map_err(at(path))
         }
+        Step::Cidata { path } => write_cidata(machine, path).map_err(at(path)),
         Step::Mdata { path } => write_mdata(machine, path).map_err(at(path)),
         Step::VncPassword { path, owner } => {
             let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
@@ -100,6 +101,14 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
                 .map_err(at(path))
         }
     }
+}
+
+fn write_cidata(machine: &Machine, path: &Path) -> std::io::Result<()> {
+    let files: Vec<(&str, &[u8])> =
+        machine.cidata.iter().map(|(name, text)| (name.as_str(), text.as_bytes())).collect();
+    let mut image = Vec::new();
+    lodge_formats::fat::write(&mut image, "CIDATA", &files)?;
+    paths::write_private(path, &image)
 }
 
 /// What the warden tells the guest; written as a whole, so that it can be read at any moment.

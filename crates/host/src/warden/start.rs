@@ -207,22 +207,34 @@ fn spawn_jail(
     Ok((child.stderr.take().expect("piped"), child))
 }
 
-/// Waits until the hypervisor's process says that it enters, and reaps the jail's own.
+/// Waits until the hypervisor's process says that it enters and the jail's own says which one that
+/// is, in whichever order, and reaps the jail's own.
 fn await_entry(mut status: UnixStream, mut jail: Jail) -> Result<u32, String> {
     let mut said = String::new();
     let mut buffer = [0; 64];
-    while !said.ends_with("enter\n") {
-        match status.read(&mut buffer) {
-            Ok(0) | Err(_) => break,
-            Ok(n) => said.push_str(&String::from_utf8_lossy(&buffer[..n])),
+    let pid = loop {
+        if let (Some(pid), true) = (pid_of(&said), said.contains("enter\n")) {
+            break Some(pid);
         }
+        match status.read(&mut buffer) {
+            Ok(0) => break None,
+            Ok(n) => said.push_str(&String::from_utf8_lossy(&buffer[..n])),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break None,
+        }
+    };
+    let ended = jail.wait();
+    match (pid, ended) {
+        (Some(pid), _) => Ok(pid),
+        (None, Ok(status)) => Err(format!("it broke off ({status})")),
+        (None, Err(error)) => Err(format!("it broke off ({error})")),
     }
-    let _ = jail.wait();
-    let pid = said.lines().find_map(|l| l.strip_prefix("pid ")?.parse().ok());
-    match pid.filter(|_| said.ends_with("enter\n")) {
-        Some(pid) => Ok(pid),
-        None => Err("it broke off".into()),
-    }
+}
+
+/// The number in a whole line `pid N`.
+fn pid_of(said: &str) -> Option<u32> {
+    let lines = said.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    lines.filter_map(|line| line.strip_prefix("pid ")).find_map(|pid| pid.parse().ok())
 }
 
 fn why_jail(why: String, stderr: &mut std::process::ChildStderr) -> String {
@@ -237,5 +249,22 @@ fn why_jail(why: String, stderr: &mut std::process::ChildStderr) -> String {
     match said.lines().last() {
         Some(line) => line.trim_start_matches("lodge-jail: ").to_owned(),
         None => why,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_is_known_in_whichever_order_it_is_told() {
+        for (said, pid) in [
+            ("pid 42\nenter\n", Some(42)),
+            ("enter\npid 42\n", Some(42)),
+            ("pid 4", None),
+            ("enter\n", None),
+        ] {
+            assert_eq!(pid_of(said), pid, "{said:?}");
+        }
     }
 }

@@ -43,6 +43,7 @@ pub fn features(board: Board, qemu: &QemuFacts) -> Vec<Feature> {
             Feature::Display,
             Feature::Smbios,
             Feature::SecondSerial,
+            Feature::Cidata,
         ]),
     }
     if board == Board::Q35 && qemu.uefi.is_some() {

@@ -166,3 +166,30 @@ fn a_guest_with_cloud_init_configures_itself() {
     v.ok(&["stop", &uuid, "-F"]);
     v.ok(&["delete", &uuid]);
 }
+
+/// The brand without DHCP: everything comes from a disk, the address included.
+#[test]
+fn a_guest_of_the_brand_bhyve_configures_itself_from_a_disk() {
+    let v = Vmadm::new();
+    assets::debian_with(v.lab.home(), "cloud-init");
+    let image = v.lab.json(&["image", "inspect", "debian-12"])["uuid"].as_str().unwrap().to_owned();
+    let document = json!({
+        "brand": "bhyve", "autoboot": false, "ram": 1024, "vcpus": 2, "alias": "dusty",
+        "disks": [{"image_uuid": image, "boot": true, "model": "virtio"}],
+        "nics": [{"nic_tag": "admin", "ip": "10.88.88.61",
+            "netmask": "255.255.255.0", "gateway": "10.88.88.1", "primary": true}],
+        "internal_metadata": {"cloudinit_datasource": "nocloud"},
+        "customer_metadata": {
+            "cloud-init:user-data": "#cloud-config\nruncmd:\n\
+                - [sh, -c, 'echo; echo RUN host=$(hostname) $(ip -4 -o addr show scope global) > /dev/ttyS0']\n",
+        },
+    });
+    let uuid = v.create(&document.to_string());
+    v.ok(&["start", &uuid]);
+    let said = v.console(&uuid, "Datasource DataSourceNoCloud");
+    let run = said.lines().find(|line| line.contains("RUN host=")).unwrap_or(&said);
+    assert!(run.contains("host=dusty"), "{run}");
+    assert!(run.contains("10.88.88.61/24"), "{run}");
+    v.ok(&["stop", &uuid, "-F"]);
+    v.ok(&["delete", &uuid]);
+}

@@ -93,7 +93,10 @@ pub(super) fn all(args: &mut Arguments, machine: &Machine, survey: &Survey) {
         add_disk(args, disk, files, &boots);
     }
     if let Some(path) = &survey.files_disk {
-        files_disk(args, path);
+        read_only_disk(args, path, "files", "lodge-files");
+    }
+    if !machine.cidata.is_empty() {
+        read_only_disk(args, &survey.run.join("cidata.img"), "cidata", "cidata");
     }
     for (index, nic) in machine.nics.iter().enumerate() {
         add_nic(args, index, nic, &boots);
@@ -224,14 +227,14 @@ fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootD
     args.add("-device", device);
 }
 
-fn files_disk(args: &mut Arguments, path: &Path) {
+fn read_only_disk(args: &mut Arguments, path: &Path, name: &str, serial: &str) {
     let layer = Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device: false };
-    let nodes = block_nodes("files", &[layer], true, |layer, _| args.file(&layer.path, false));
+    let nodes = block_nodes(name, &[layer], true, |layer, _| args.file(&layer.path, false));
     for node in nodes {
         args.add("-blockdev", node.to_string());
     }
     let model = args.virtio("blk");
-    args.add("-device", format!("{model},id=disk-files,drive=d-files,serial=lodge-files"));
+    args.add("-device", format!("{model},id=disk-{name},drive=d-{name},serial={serial}"));
 }
 
 /// The device of an interface, without the bus it goes to.
