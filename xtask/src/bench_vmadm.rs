@@ -58,10 +58,14 @@ impl Place<'_> {
 
 pub(crate) fn measure(lodge: &Path, home: &Path, kernel: &str, initrd: &str) -> Result<Vec<Row>> {
     let place = Place { lodge, home };
-    let document = r#"{"brand":"kvm","autoboot":false,"ram":256,
-        "disks":[{"size":1024,"model":"virtio"}],"nics":[{"nic_tag":"admin","model":"virtio"}]}"#;
-    for _ in 0..MACHINES {
-        place.say(&["vmadm", "create"], document)?;
+    for i in 0..MACHINES {
+        let document = format!(
+            r#"{{"brand":"kvm","autoboot":false,"ram":256,
+            "disks":[{{"size":1024,"model":"virtio"}}],"nics":[{{"nic_tag":"admin",
+            "model":"virtio","ip":"10.88.1.{}","netmask":"255.255.255.0"}}]}}"#,
+            i + 1
+        );
+        place.say(&["vmadm", "create"], &document)?;
     }
     let first = place.say(&["vmadm", "lookup"], "")?;
     let first = first.lines().next().context("a machine")?.to_owned();

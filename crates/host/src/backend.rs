@@ -267,7 +267,7 @@ impl Tap {
             address: place.address,
             subnet: nic.subnet.map(|s| (s.prefix, s.gateway)),
             lease: nic.lease,
-            guard: nic.guard.as_ref().map(Guard::to_draft),
+            guard: nic.guard.as_deref().map(Guard::to_draft),
             hostname: machine.hostname.clone(),
             resolvers: machine.resolvers.clone(),
             opened_by: None,

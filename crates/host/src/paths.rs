@@ -85,10 +85,12 @@ impl Paths {
         self.zone(id).join("root")
     }
 
-    /// Where people look for machines' folders.
+    /// Where people look for machines' folders: below the root where that can be written to.
     pub fn zones(&self) -> PathBuf {
-        match self.state == Path::new("/var/lib/lodge") {
-            true => "/zones".into(),
+        let (zones, root) = (Path::new("/zones"), Path::new("/"));
+        let possible = || rustix::fs::access(root, rustix::fs::Access::WRITE_OK).is_ok();
+        match self.state == Path::new("/var/lib/lodge") && (zones.is_dir() || possible()) {
+            true => zones.to_owned(),
             false => self.state.join("zones"),
         }
     }

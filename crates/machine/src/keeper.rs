@@ -573,7 +573,7 @@ pub fn detail(record: &Record) -> Detail {
         since_us: running.map_or(0, |r| r.since_us),
         pid: running.map_or(0, |r| r.pid),
         origin: record.machine.origin.clone(),
-        mdata: record.machine.mdata.as_ref().map(Mdata::to_draft),
+        mdata: record.machine.mdata.as_deref().map(Mdata::told),
     }
 }
 

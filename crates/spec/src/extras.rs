@@ -151,6 +151,17 @@ impl Mdata {
         }
     }
 
+    /// The same without the object, which whoever made the machine has in another form.
+    pub fn told(&self) -> MdataDraft {
+        let Mdata { object: _, customer, internal, namespaces } = self;
+        MdataDraft {
+            object: None,
+            customer: Some(customer.clone()).filter(|map| !map.is_empty()),
+            internal: Some(internal.clone()).filter(|map| !map.is_empty()),
+            namespaces: Some(namespaces.clone()).filter(|list| !list.is_empty()),
+        }
+    }
+
     /// Bytes that it holds.
     pub fn weight(&self) -> usize {
         let of = |map: &BTreeMap<String, Scalar>| -> usize {

@@ -42,9 +42,10 @@ pub struct Machine {
     pub accel: Option<Accel>,
     pub board: Option<Board>,
     pub limits: Limits,
-    pub display: Option<Display>,
-    pub smbios: Option<Smbios>,
-    pub mdata: Option<Mdata>,
+    // Boxed: most machines have none of these.
+    pub display: Option<Box<Display>>,
+    pub smbios: Option<Box<Smbios>>,
+    pub mdata: Option<Box<Mdata>>,
     /// Files for cloud-init on a disk of their own; none where it is empty.
     pub cidata: BTreeMap<String, String>,
     /// It has a folder of its own for media.
@@ -128,7 +129,7 @@ pub struct Nic {
     /// Present where the address is not of the network's own plan.
     pub subnet: Option<Subnet>,
     pub lease: Lease,
-    pub guard: Option<Guard>,
+    pub guard: Option<Box<Guard>>,
     /// What the guest may receive.
     pub rx_limit: Option<RateLimit>,
     /// What the guest may send.
@@ -405,9 +406,9 @@ impl Machine {
                 memory: memory_limit.map(text_size),
                 threads: Some(*max_threads),
             }),
-            display: display.as_ref().map(Display::to_draft),
-            smbios: smbios.as_ref().map(Smbios::to_draft),
-            mdata: mdata.as_ref().map(Mdata::to_draft),
+            display: display.as_deref().map(Display::to_draft),
+            smbios: smbios.as_deref().map(Smbios::to_draft),
+            mdata: mdata.as_deref().map(Mdata::to_draft),
             cidata: Some(cidata.clone()).filter(|files| !files.is_empty()),
             own_folder: Some(*own_folder),
             origin: origin.as_ref().map(|Origin { door, id, owner, document }| OriginDraft {
@@ -495,7 +496,7 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         prefix: subnet.map(|s| u32::from(s.prefix)),
         gateway: subnet.and_then(|s| s.gateway).map(|g| g.to_string()),
         lease: Some(lease.to_string()),
-        guard: guard.as_ref().map(Guard::to_draft),
+        guard: guard.as_deref().map(Guard::to_draft),
         rx_limit: limit(rx_limit),
         tx_limit: limit(tx_limit),
     }

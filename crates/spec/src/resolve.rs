@@ -135,9 +135,9 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         accel: auto(&mut p, "accel", accel),
         board: auto(&mut p, "board", board),
         limits: resolve_limits(&mut p, limits),
-        display: display.and_then(|d| extras::resolve_display(&mut p, d)),
-        smbios: smbios.map(|s| extras::resolve_smbios(&mut p, s)),
-        mdata: mdata.map(|m| extras::resolve_mdata(&mut p, m)),
+        display: display.and_then(|d| extras::resolve_display(&mut p, d)).map(Box::new),
+        smbios: smbios.map(|s| Box::new(extras::resolve_smbios(&mut p, s))),
+        mdata: mdata.map(|m| Box::new(extras::resolve_mdata(&mut p, m))),
         cidata: cidata.map(|files| extras::resolve_cidata(&mut p, files)).unwrap_or_default(),
         own_folder: own_folder.unwrap_or(false),
         origin: origin.and_then(|o| resolve_origin(&mut p, o)),
@@ -370,7 +370,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
     let subnet = extras::resolve_subnet(p, &at, address, prefix, gateway);
     let lease = parse(p, &at("lease"), lease).unwrap_or(extras::Lease::Full);
-    let guard = guard.map(|g| extras::resolve_guard(p, &at("guard"), g));
+    let guard = guard.map(|g| Box::new(extras::resolve_guard(p, &at("guard"), g)));
     let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
     let tx_limit = tx_limit.and_then(|limit| resolve_rate(p, &at("tx_limit"), limit));
     let (name, network) = (name?, network?);

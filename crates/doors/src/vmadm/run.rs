@@ -17,7 +17,7 @@ use super::properties::Brand;
 use super::table;
 use super::validate::{self, Action, Image, Images};
 use super::values::{Object, has_uuid_shape, text};
-use super::view::{doc_of, view};
+use super::view::{doc_of, glance, view};
 use crate::native::wire::Client;
 
 /// What the program around it brings.
@@ -309,7 +309,11 @@ impl Session<'_, '_> {
     }
 
     async fn list(&mut self, asked: &Table) -> Done {
-        let vms = table::shortened(self.views().await?);
+        let details = self.all().await?;
+        let names = table::members(asked);
+        let (zones, settings) = (&self.place.zones, &self.place.settings);
+        let vms = details.iter().filter_map(|d| glance(d, &names, zones, settings).ok());
+        let vms = table::shortened(vms.collect());
         write!(self.place.stdout, "{}", table::list(&vms, asked)?)?;
         Ok(End::Status(0))
     }

@@ -94,6 +94,16 @@ fn select(vms: &[Object], filters: &[Filter]) -> Vec<Object> {
     vms.iter().filter(all).cloned().collect()
 }
 
+/// The members of machines that a list looks at.
+pub(super) fn members(table: &Table) -> Vec<&str> {
+    let Table { columns, sort, filters, .. } = table;
+    let named = columns.iter().chain(sort).flatten().map(String::as_str);
+    let filtered = filters.iter().map(|(key, _)| key.as_str());
+    let names = named.chain(filtered).map(|name| name.trim_start_matches(['-', '+']));
+    let names = names.map(|name| name.split('.').next().unwrap_or(name));
+    names.chain(["ram", "state", "alias"]).collect()
+}
+
 /// The text of `list`, its last line end included.
 pub(super) fn list(vms: &[Object], table: &Table) -> Result<String, String> {
     let Table { parsable, header, columns, sort, .. } = table;

@@ -1,9 +1,12 @@
 //! A machine as `get` shows it: what is kept, and what is known of it now. Pure.
 
+use std::borrow::Cow;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lodge_spec::draft::Scalar;
 use lodge_spec::state::{Detail, State};
+use serde::Deserializer;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::{Value, json};
 
 use super::build::Metadata;
@@ -15,6 +18,43 @@ pub(super) fn doc_of(detail: &Detail) -> Result<Object, String> {
     let origin = detail.origin.as_ref().ok_or("it is no machine of this interface")?;
     let value: Value = serde_json::from_str(&origin.document).map_err(|e| e.to_string())?;
     value.as_object().cloned().ok_or_else(|| "its document is no object".into())
+}
+
+/// Members of a document by name; the others are passed over unread.
+struct Only<'a>(&'a [&'a str]);
+
+impl<'de> Visitor<'de> for Only<'_> {
+    type Value = Object;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
+        let mut kept = Object::new();
+        while let Some(name) = map.next_key::<Cow<'de, str>>()? {
+            match self.0.contains(&name.as_ref()) {
+                true => drop(kept.insert(name.into_owned(), map.next_value()?)),
+                false => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(kept)
+    }
+}
+
+/// What lists show of a machine: these members, and what others are made from.
+pub(super) fn glance(
+    detail: &Detail,
+    names: &[&str],
+    zones: &str,
+    settings: &Settings,
+) -> Result<Object, String> {
+    const ALWAYS: [&str; 5] = ["uuid", "brand", "zpool", "receiving", "do_not_inventory"];
+    let origin = detail.origin.as_ref().ok_or("it is no machine of this interface")?;
+    let names: Vec<&str> = names.iter().copied().chain(ALWAYS).collect();
+    let mut reader = serde_json::Deserializer::from_str(&origin.document);
+    let doc = reader.deserialize_map(Only(&names)).map_err(|e| e.to_string())?;
+    complete(doc, detail, zones, settings)
 }
 
 pub(super) fn metadata_of(detail: &Detail) -> Metadata {
@@ -60,7 +100,16 @@ pub(super) fn timestamp(us: i64) -> String {
 
 /// The whole object.
 pub(super) fn view(detail: &Detail, zones: &str, settings: &Settings) -> Result<Object, String> {
-    let mut vm = doc_of(detail)?;
+    complete(doc_of(detail)?, detail, zones, settings)
+}
+
+/// Adds what is known of it now.
+fn complete(
+    mut vm: Object,
+    detail: &Detail,
+    zones: &str,
+    settings: &Settings,
+) -> Result<Object, String> {
     let Metadata { customer, internal } = metadata_of(detail);
     let now = detail.summary.state;
     let uuid = text(&vm, "uuid").unwrap_or("").to_owned();

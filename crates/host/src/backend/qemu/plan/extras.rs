@@ -34,7 +34,7 @@ pub(super) fn all(args: &mut Arguments, machine: &Machine, survey: &Survey) {
     if let Some(smbios) = &machine.smbios {
         args.add("-smbios", identity(smbios));
     }
-    let Some(Display { vga, vnc }) = &machine.display else { return };
+    let Some(Display { vga, vnc }) = machine.display.as_deref() else { return };
     args.add("-device", device(*vga));
     // The pointer of a screen that is looked at from afar has a place, not a movement.
     args.flag("-usb");
