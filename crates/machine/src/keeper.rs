@@ -15,6 +15,7 @@ use lodge_spec::resolve::{Defaults, resolve};
 use lodge_spec::state::{Detail, Event, State, Summary};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
+use crate::change::apply;
 use crate::host::Host;
 use crate::life::{Life, Verb};
 use crate::record::Record;
@@ -512,37 +513,6 @@ impl<H: Host> Keeper<H> {
         ids.extend(broken.keys().filter_map(|id| id.parse::<MachineId>().ok()));
         ids
     }
-}
-
-fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
-    use lodge_spec::draft::{CpusDraft, CpusFields, MemoryDraft, MemoryFields, Size};
-    let missing =
-        |list: &str, name: &str| Refusal::invalid(list, format!("there is none named {name}"));
-    match change {
-        Change::Cpus { count } => {
-            if let Some(CpusDraft::Detailed(CpusFields { count: old, .. })) = &mut draft.cpus {
-                *old = Some(*count);
-            }
-        }
-        Change::Memory { bytes } => {
-            if let Some(MemoryDraft::Detailed(MemoryFields { size, .. })) = &mut draft.memory {
-                *size = Some(Size::Bytes(*bytes));
-            }
-        }
-        Change::AddDisk { disk } => draft.disks.get_or_insert_default().push(disk.clone()),
-        Change::AddNic { nic } => draft.nics.get_or_insert_default().push(nic.clone()),
-        Change::RemoveDisk { name } => {
-            let disks = draft.disks.get_or_insert_default();
-            let at = disks.iter().position(|d| d.name.as_ref() == Some(name));
-            disks.remove(at.ok_or_else(|| missing("disks", name))?);
-        }
-        Change::RemoveNic { name } => {
-            let nics = draft.nics.get_or_insert_default();
-            let at = nics.iter().position(|n| n.name.as_ref() == Some(name));
-            nics.remove(at.ok_or_else(|| missing("nics", name))?);
-        }
-    }
-    Ok(())
 }
 
 /// What `ls` shows of a machine.

@@ -4,6 +4,7 @@
 // A new variant of our own is to be decided about wherever it is matched.
 #![deny(clippy::wildcard_enum_match_arm)]
 
+mod change;
 pub mod fake;
 pub mod host;
 pub mod keeper;

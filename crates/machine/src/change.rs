@@ -1,0 +1,36 @@
+//! What a change makes of a machine's description. Pure; whether the result is a machine is asked
+//! afterwards.
+
+use lodge_spec::draft::{CpusDraft, CpusFields, Draft, MemoryDraft, MemoryFields, Size};
+use lodge_spec::request::{Change, Refusal};
+
+/// Applies a change to a description in which nothing is left to a default.
+pub(crate) fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
+    let missing =
+        |list: &str, name: &str| Refusal::invalid(list, format!("there is none named {name}"));
+    match change {
+        Change::Cpus { count } => {
+            if let Some(CpusDraft::Detailed(CpusFields { count: old, .. })) = &mut draft.cpus {
+                *old = Some(*count);
+            }
+        }
+        Change::Memory { bytes } => {
+            if let Some(MemoryDraft::Detailed(MemoryFields { size, .. })) = &mut draft.memory {
+                *size = Some(Size::Bytes(*bytes));
+            }
+        }
+        Change::AddDisk { disk } => draft.disks.get_or_insert_default().push(disk.clone()),
+        Change::AddNic { nic } => draft.nics.get_or_insert_default().push(nic.clone()),
+        Change::RemoveDisk { name } => {
+            let disks = draft.disks.get_or_insert_default();
+            let at = disks.iter().position(|d| d.name.as_ref() == Some(name));
+            disks.remove(at.ok_or_else(|| missing("disks", name))?);
+        }
+        Change::RemoveNic { name } => {
+            let nics = draft.nics.get_or_insert_default();
+            let at = nics.iter().position(|n| n.name.as_ref() == Some(name));
+            nics.remove(at.ok_or_else(|| missing("nics", name))?);
+        }
+    }
+    Ok(())
+}
