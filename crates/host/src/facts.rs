@@ -137,3 +137,10 @@ pub struct Program {
     /// Interpreter, libraries and modules, at their own paths.
     pub files: Vec<PathBuf>,
 }
+
+impl Program {
+    /// Everything that it needs is where it was.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.files.iter().all(|file| file.exists())
+    }
+}

@@ -140,6 +140,12 @@ pub fn sibling_program(name: &str) -> io::Result<PathBuf> {
     }
 }
 
+/// The program that a variable names, else the one on PATH; an empty variable names none.
+pub fn named_program(variable: &str, name: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).filter(|value| !value.is_empty());
+    named.map(PathBuf::from).or_else(|| find_program(name))
+}
+
 /// Looks along PATH and where system programs are.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -37,6 +37,7 @@ pub(crate) fn main(program: &str, words: &[String]) -> Result<ExitCode> {
             read: &read,
             open: &open,
             store: &store,
+            archive: &|uuid, text| archive(&paths, uuid, text),
         };
         match vmadm::run(words, &mut client, place).await? {
             End::Status(code) => Ok(ExitCode::from(code)),
@@ -49,6 +50,26 @@ pub(crate) fn main(program: &str, words: &[String]) -> Result<ExitCode> {
             }
         }
     })
+}
+
+/// Keeps a machine's description and its console's logs under `archive` beside the machines'
+/// folders, if somebody has made that folder.
+fn archive(paths: &Paths, uuid: &str, text: &str) -> io::Result<()> {
+    let archive = paths.zones().join("archive");
+    let Ok(id) = uuid.parse() else { return Ok(()) };
+    if !archive.is_dir() {
+        return Ok(());
+    }
+    let folder = archive.join(uuid);
+    lodge_host::paths::make_dir(&folder)?;
+    lodge_host::paths::write_private(&folder.join("vm.json"), text.as_bytes())?;
+    for entry in std::fs::read_dir(paths.machine(id))?.flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with("console.log") {
+            std::fs::copy(entry.path(), folder.join(name))?;
+        }
+    }
+    Ok(())
 }
 
 fn read(file: Option<&str>) -> io::Result<Vec<u8>> {

@@ -255,6 +255,12 @@ async fn delete(session: &mut Session<'_, '_>, vm: Vm) -> Done {
         let why = format!("Failed to delete VM {uuid}: {name} is set, cannot delete");
         return Err(Fault::Error(why));
     }
+    if is_true(&vm.doc, "archive_on_delete") {
+        let shown = view(&vm.detail, &session.place.zones, &session.place.settings)?;
+        let text = serde_json::to_string_pretty(&shown).map_err(|e| e.to_string())?;
+        (session.place.archive)(uuid, &text)
+            .map_err(|e| format!("Failed to delete VM {uuid}: cannot archive it: {e}"))?;
+    }
     let request = Request::Remove { target: uuid.clone(), force: true };
     let removed = session.ask(request).await?;
     removed.map_err(|refusal| format!("Failed to delete VM {uuid}: {refusal}"))?;

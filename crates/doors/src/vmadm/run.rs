@@ -41,6 +41,8 @@ pub struct Place<'a> {
     pub open: &'a dyn Fn(&str) -> std::io::Result<Box<dyn Read>>,
     /// Makes a file of so many bytes for a user.
     pub store: Store<'a>,
+    /// Keeps a machine's description and logs, where there is a place to keep them.
+    pub archive: &'a dyn Fn(&str, &str) -> std::io::Result<()>,
 }
 
 pub type Store<'a> = &'a dyn Fn(&str, u32, &mut dyn Read, u64) -> std::io::Result<()>;

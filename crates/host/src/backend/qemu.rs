@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::elf;
 use crate::facts::{self, Program};
-use crate::paths::find_program;
+use crate::paths::named_program;
 use crate::proc::Tool;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -38,14 +38,13 @@ pub struct QemuFacts {
 impl QemuFacts {
     /// Finds and probes QEMU; a binary is probed once for as long as the file is the same.
     pub async fn find(cache: &Path) -> Result<Self, String> {
-        let named = std::env::var_os("LODGE_QEMU").map(PathBuf::from);
-        let path = named.or_else(|| find_program(PROGRAM)).ok_or_else(|| {
+        let path = named_program("LODGE_QEMU", PROGRAM).ok_or_else(|| {
             format!("{PROGRAM} is not installed; `apt-get install qemu-system-x86` adds it")
         })?;
         let (path, key) = facts::identify(&path)?;
         let cached = cache.join("qemu.json");
         if let Some(found) = facts::load::<Self>(&cached, &key)
-            && found.program.files.iter().all(|f| f.exists())
+            && found.program.is_whole()
         {
             return Ok(Self { uefi: find_uefi(), ..found });
         }

@@ -13,7 +13,7 @@ use crate::backend::{
 };
 use crate::elf;
 use crate::facts::{self, Facts, Program};
-use crate::paths::find_program;
+use crate::paths::named_program;
 use crate::proc::Tool;
 
 /// What was probed of one binary.
@@ -40,8 +40,7 @@ impl VmmFacts {
     /// Finds and probes one; a binary is probed once for as long as the file is the same.
     pub async fn find(search: &Search, cache: &Path) -> Result<Self, String> {
         let Search { backend, program, variable, oldest, home } = search;
-        let named = std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let path = named.or_else(|| find_program(program)).ok_or_else(|| {
+        let path = named_program(variable, program).ok_or_else(|| {
             format!(
                 "{program} is not on PATH and {variable} does not name it; it is in no Debian \
                  package, take a release from {home}"
@@ -49,7 +48,9 @@ impl VmmFacts {
         })?;
         let (path, key) = facts::identify(&path)?;
         let cached = cache.join(format!("{backend}.json"));
-        if let Some(found) = facts::load::<Self>(&cached, &key) {
+        if let Some(found) = facts::load::<Self>(&cached, &key)
+            && found.program.is_whole()
+        {
             return Ok(found);
         }
         let said = Tool::new(&path).arg("--version").output().await.map_err(|e| e.to_string())?;

@@ -52,7 +52,26 @@ fn a_user_runs_machines_in_a_jail_and_on_a_network() {
     lab.type_and_see("b", "wget -q -O - http://a/\n", "served-by-10.0.2.");
     lab.kill_daemon();
     assert_eq!(lab.state("a"), "running");
+    let ways = lab.json(&["doctor", "--escape"]);
+    assert!(ways.as_array().unwrap().iter().all(|way| way["closed"] == true), "{ways}");
+    // In other words, and with a screen and an interface that is guarded.
+    let made = lab.command(&["vmadm", "create"]).stdin(seed(&lab)).output().unwrap();
+    let said = String::from_utf8_lossy(&made.stderr).into_owned();
+    let uuid =
+        said.trim().strip_prefix("Successfully created VM ").unwrap_or_else(|| panic!("{said}"));
+    let info: serde_json::Value =
+        serde_json::from_str(&lab.ok(&["vmadm", "info", uuid, "vnc"])).unwrap();
+    let at = format!("127.0.0.1:{}", info["vnc"]["port"]);
+    assert!(lodge_vm_tests::rfb::Viewer::connect(&at, None).is_ok(), "{info}");
+    lab.ok(&["vmadm", "delete", uuid]);
     let dir = std::path::Path::new(&kernel).parent().unwrap().to_owned();
     drop(lab);
     std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// A machine that starts at once.
+fn seed(lab: &Lab) -> std::fs::File {
+    let path = lab.home().join("vmspec.json");
+    std::fs::write(&path, lodge_vm_tests::vmadm::SEED.replace("false", "true")).unwrap();
+    std::fs::File::open(path).unwrap()
 }

@@ -53,7 +53,13 @@ fn cases_4_to_7_20_to_24_and_words_that_are_none() {
     let snapshot = v.fails(&["create-snapshot", u, "s1"], "");
     assert_eq!(snapshot, "snapshots for kvm VMs currently unsupported");
     assert_eq!(v.get(u)["snapshots"], json!([]));
+    // What is deleted is kept in the archive, where there is one.
+    v.ok(&["update", u, "archive_on_delete=true", "alias=kept"]);
+    let archive = v.lab.home().join("zones/archive");
+    std::fs::create_dir(&archive).unwrap();
     v.ok(&["delete", u]);
+    let kept = std::fs::read(archive.join(u).join("vm.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&kept).unwrap()["alias"], "kept");
     let unknown = v.fails(&["get", NOBODY], "");
     assert_eq!(unknown, format!("zoneadm: {NOBODY}: No such zone configured"));
     for words in [["stop", NOBODY], ["console", NOBODY], ["kill", NOBODY], ["reboot", NOBODY]] {
@@ -304,4 +310,33 @@ fn the_jail_is_put_to_the_test_on_the_users_host() {
     let ways = report.as_array().unwrap();
     assert!(ways.len() >= 40, "{report}");
     assert!(ways.iter().all(|way| way["closed"] == true), "{report}");
+}
+
+/// What was to run runs again when the host has booted, and nothing else does.
+#[test]
+fn machines_start_with_the_host_where_they_are_to() {
+    let v = Vmadm::new();
+    let wanted = v.create(r#"{"brand":"kvm","ram":64,"alias":"wanted"}"#);
+    assert_eq!(v.state(&wanted), "running", "a machine that boots with the host boots at once");
+    let other = v.create(r#"{"brand":"kvm","ram":64,"autoboot":false}"#);
+    let home = v.lab.home().to_owned();
+    let run = home.join("run/m").join(wanted.replace('-', ""));
+    let pid = v.lab.pid_of_hypervisor(&wanted);
+    v.lab.kill_daemon();
+    lodge_vm_tests::lab::kill(pid, 9);
+    v.lab.until("the warden's end", || run.join("exit.json").exists());
+    // As a reboot leaves it: of an earlier boot, and nobody there.
+    std::fs::remove_file(run.join("exit.json")).unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let earlier = "00000000-0000-4000-8000-000000000000";
+    for file in [run.join("launch.json"), home.join("boot-id")] {
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(boot.trim()), "{}", file.display());
+        std::fs::write(&file, text.replace(boot.trim(), earlier)).unwrap();
+    }
+    v.lab.until("the start", || v.state(&wanted) == "running");
+    assert_eq!(v.state(&other), "stopped");
+    for uuid in [&wanted, &other] {
+        v.ok(&["delete", uuid]);
+    }
 }

@@ -1,5 +1,7 @@
 //! Leases, routers, and what an interface may send, seen from inside guests.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use lodge_vm_tests::vmadm::Vmadm;
 use lodge_vm_tests::{assets, need};
 use serde_json::json;
@@ -46,30 +48,7 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
         )
     );
     v.console(&b, "GUEST-READY");
-    let mut nth = 0;
-    let mut tries = |what: &str| {
-        nth += 1;
-        // The echo of what is typed must not look like the answer.
-        let typed =
-            format!("{what} > /dev/null 2>&1 && echo try-{nth}-y\"\"es || echo try-{nth}-n\"\"o\n");
-        let mut console = v.lab.attach(&a);
-        std::io::Write::write_all(console.stdin.as_mut().unwrap(), typed.as_bytes()).unwrap();
-        let wanted = format!("try-{nth}-");
-        let begun = std::time::Instant::now();
-        let yes = loop {
-            let text = v.lab.console_text(&a);
-            if text.contains(&format!("{wanted}yes")) {
-                break true;
-            }
-            if text.contains(&format!("{wanted}no")) {
-                break false;
-            }
-            assert!(begun.elapsed().as_secs() < 100, "{what}: {text}");
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        };
-        lodge_vm_tests::lab::end(console);
-        yes
-    };
+    let tries = |what: &str| succeeds(&v, &a, what);
     assert!(tries("ping -c 1 -W 5 10.88.88.52"), "neighbours reach each other");
     assert!(tries("ping -c 1 -W 5 10.88.88.1"), "the router answers");
     assert!(tries("timeout 20 wget -q -O - http://10.88.88.52/"));
@@ -99,6 +78,60 @@ fn case_89_leases_and_case_6_4_what_an_interface_may_send() {
     assert!(!tries("timeout 4 wget -q -O - http://10.88.88.52/"), "a blocked port does not pass");
     assert!(tries("ping -c 1 -W 5 10.88.88.52"));
     for uuid in [&a, &b] {
+        v.ok(&["delete", uuid]);
+    }
+}
+
+/// Whether a command in a guest succeeds.
+fn succeeds(v: &Vmadm, uuid: &str, what: &str) -> bool {
+    static NTH: AtomicU32 = AtomicU32::new(0);
+    let nth = NTH.fetch_add(1, Ordering::Relaxed);
+    // The echo of what is typed must not look like the answer.
+    let typed =
+        format!("{what} > /dev/null 2>&1 && echo try-{nth}-y\"\"es || echo try-{nth}-n\"\"o\n");
+    let mut console = v.lab.attach(uuid);
+    std::io::Write::write_all(console.stdin.as_mut().unwrap(), typed.as_bytes()).unwrap();
+    let begun = std::time::Instant::now();
+    let yes = loop {
+        let text = v.lab.console_text(uuid);
+        if text.contains(&format!("try-{nth}-yes")) {
+            break true;
+        }
+        if text.contains(&format!("try-{nth}-no")) {
+            break false;
+        }
+        assert!(begun.elapsed().as_secs() < 100, "{what}: {text}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    };
+    lodge_vm_tests::lab::end(console);
+    yes
+}
+
+/// A guest that gives out addresses reaches nobody, until it may.
+#[test]
+fn only_who_may_answers_for_the_dhcp_server() {
+    let iso = assets::bootable(&assets::guest(GUEST), "");
+    need!(iso.is_some(), "isolinux");
+    let iso = iso.unwrap();
+    let v = Vmadm::new();
+    let server = v.create(&machine(61, ""));
+    // Nobody else answers this one.
+    let client = v.create(&machine(62, "").replace("kvm", "bhyve").replace("\"ide\"", "\"ahci\""));
+    for uuid in [&server, &client] {
+        v.bring(uuid, &iso, "i.iso");
+        v.ok(&["start", uuid]);
+    }
+    v.console(&server, "GUEST-READY");
+    v.console(&client, "GUEST-READY");
+    let serve = "printf 'start 10.88.88.70\\nend 10.88.88.75\\ninterface eth0\\nlease_file /l\\n' > /u; \
+                 touch /l; udhcpd /u";
+    assert!(succeeds(&v, &server, serve));
+    let ask = "udhcpc -n -q -t 3 -T 3 -i eth0 -s /bin/true";
+    assert!(!succeeds(&v, &client, ask), "a foreign lease reached the guest");
+    let allow = r#"{"update_nics":[{"mac":"02:08:20:00:00:61","allow_dhcp_spoofing":true}]}"#;
+    v.feed(&["update", &server], allow);
+    assert!(succeeds(&v, &client, ask), "what is allowed does not pass");
+    for uuid in [&server, &client] {
         v.ok(&["delete", uuid]);
     }
 }

@@ -4,8 +4,8 @@ use lodge_vm_tests::vmadm::{SEED, Vmadm};
 use lodge_vm_tests::{assets, need};
 
 /// A guest that obeys its power button.
-const OBEYS: &str = "for event in /dev/input/event*; do \
-    (head -c 24 $event > /dev/null; poweroff -f) & done\necho GUEST-READY\nsh\n";
+const OBEYS: &str = "i=5; for event in /dev/input/event*; do eval \"exec $i<$event\"; \
+    (head -c 24 <&$i > /dev/null; poweroff -f) & i=$((i+1)); done\necho GUEST-READY\nsh\n";
 
 #[test]
 fn cases_1_to_3_and_8_to_19_from_an_empty_machine_to_a_running_one() {
