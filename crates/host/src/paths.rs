@@ -82,7 +82,7 @@ impl Paths {
 
     /// The folder of `own:` files.
     pub fn own_folder(&self, id: MachineId) -> PathBuf {
-        self.zone(id).join("root")
+        own_folder_in(&self.machine(id))
     }
 
     /// Where people look for machines' folders: below the root where that can be written to.
@@ -123,6 +123,11 @@ impl Paths {
     }
 }
 
+/// The folder of `own:` files of a machine that keeps its state in `state`.
+pub fn own_folder_in(state: &Path) -> PathBuf {
+    state.join("zone/root")
+}
+
 /// Makes a folder and those above it, for the owner only.
 pub fn make_dir(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
@@ -158,6 +163,16 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 /// Whether a file lies below a folder, no link on the way leading out of it.
 pub fn lies_beneath(root: &Path, path: &Path) -> Result<(), String> {
+    open_beneath(root, path, rustix::fs::OFlags::PATH).map(drop)
+}
+
+/// Opens a file below a folder, no link on the way leading out of it: looked at and opened in one
+/// step, so that nobody can exchange it in between.
+pub fn open_beneath(
+    root: &Path,
+    path: &Path,
+    how: rustix::fs::OFlags,
+) -> Result<std::os::fd::OwnedFd, String> {
     use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
     let text = |e: rustix::io::Errno| match e {
         rustix::io::Errno::XDEV => {
@@ -168,10 +183,9 @@ pub fn lies_beneath(root: &Path, path: &Path) -> Result<(), String> {
     let rest = path.strip_prefix(root).map_err(|_| format!("{} is elsewhere", path.display()))?;
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(CWD, root, folder, Mode::empty()).map_err(text)?;
-    let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-    rustix::fs::openat2(&root, rest, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), how)
-        .map(drop)
-        .map_err(text)
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let flags = how | OFlags::CLOEXEC;
+    rustix::fs::openat2(&root, rest, flags, Mode::empty(), resolve).map_err(text)
 }
 
 /// Writes a file as a whole or not at all.

@@ -135,6 +135,10 @@ fn unpack(doc: &mut Object) -> Result<(Metadata, String), String> {
         return Err("the bundle's VM has a brand that is not known here".into());
     }
     let uuid = text(doc, "uuid").filter(|uuid| super::values::is_uuid(uuid)).map(str::to_owned);
+    if objects(doc, "disks").iter().any(|disk| super::values::is_true(disk, "nocreate")) {
+        // Whoever made the bundle does not say what of this host a guest gets to see.
+        return Err("the bundle's VM uses a device of the host that it comes from".into());
+    }
     doc.remove("snapshots");
     Ok((metadata, uuid.ok_or("the bundle's VM has no uuid")?))
 }
@@ -183,5 +187,19 @@ mod tests {
         assert_eq!((padding(0), padding(512), padding(700)), (0, 0, 324));
         assert!(read_header(&mut &bytes[..100]).is_err());
         assert!(read_header(&mut &[0; 512][..]).is_err());
+    }
+
+    #[test]
+    fn a_bundle_says_nothing_about_this_host() {
+        let uuid = "b8ab5fc1-8576-45ef-bb51-9826b52a4651";
+        let unpacked = |disks: Value| {
+            let doc = json!({"brand": "kvm", "uuid": uuid, "disks": disks, "snapshots": [{}]});
+            unpack(&mut doc.as_object().cloned().unwrap())
+        };
+        assert_eq!(unpacked(json!([])).unwrap().1, uuid);
+        let theirs = json!([{"path": "/dev/sda", "nocreate": true}]);
+        assert!(unpacked(theirs).unwrap_err().contains("a device of the host"));
+        let doc = json!({"brand": "lx", "uuid": uuid});
+        assert!(unpack(&mut doc.as_object().cloned().unwrap()).is_err());
     }
 }

@@ -227,6 +227,9 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     if tap.guard.is_some()
         && let Err(error) = guard::set(&tap).await
     {
+        if opened_by.is_some() {
+            let _ = tap::remove(interface);
+        }
         return refuse(format!("interface {interface}: {error}")).await;
     }
     // Where no machine is the router itself.

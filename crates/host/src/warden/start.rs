@@ -64,8 +64,12 @@ pub(super) fn start() -> Result<Started, String> {
         place(fd, tap.fd)?;
         networks.push((tap.interface.clone(), connection));
     }
+    let own = plan.console_log.parent().map(paths::own_folder_in);
     for file in &plan.files {
-        place(open_file(file)?, file.fd)?;
+        match own.as_ref().filter(|own| file.path.starts_with(own)) {
+            Some(own) => place(open_own(own, file)?, file.fd)?,
+            None => place(open_file(file)?, file.fd)?,
+        }
     }
     for socket in &plan.sockets {
         place(listen(&socket.path)?, socket.fd)?;
@@ -174,6 +178,13 @@ fn listen(path: &Path) -> Result<UnixListener, String> {
     // A socket left by a process that is gone; whoever runs would hold the run folder's machine.
     let _ = fs::remove_file(path);
     UnixListener::bind(path).map_err(text(path.display()))
+}
+
+/// A file in the machine's own folder, into which others may write too.
+fn open_own(own: &Path, file: &OpenFile) -> Result<OwnedFd, String> {
+    use rustix::fs::OFlags;
+    let how = if file.writable { OFlags::RDWR } else { OFlags::RDONLY };
+    paths::open_beneath(own, &file.path, how)
 }
 
 fn open_file(file: &OpenFile) -> Result<File, String> {

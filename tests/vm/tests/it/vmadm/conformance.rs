@@ -43,6 +43,10 @@ fn cases_4_to_7_20_to_24_and_words_that_are_none() {
     );
     let out = v.fails(&["boot", u, "disk=/../../../etc/passwd,ide"], "");
     assert!(out.ends_with("Cannot find disk: /../../../etc/passwd"), "{out}");
+    let root = v.get(u)["zonepath"].as_str().unwrap().to_owned() + "/root/";
+    std::os::unix::fs::symlink("/etc/passwd", root + "out.iso").unwrap();
+    let link = v.fails(&["boot", u, "cdrom=/out.iso,ide"], "");
+    assert!(link.ends_with("Cannot find disk: /out.iso"), "{link}");
     v.ok(&["update", u, "indestructible_zoneroot=true"]);
     let protected = v.fails(&["delete", u], "");
     assert_eq!(
