@@ -177,8 +177,14 @@ impl<H: Host> Keeper<H> {
     pub async fn create(self: &Arc<Self>, draft: Draft) -> Result<Summary, Refusal> {
         let machine = self.resolve_new(draft)?;
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
-        self.host.check(&machine, false).await.map_err(invalid)?;
-        let _claim = self.claim(&machine)?;
+        let checked = self.host.check(&machine, false).await.map_err(invalid);
+        let _claim = match checked.and_then(|()| self.claim(&machine)) {
+            Ok(claim) => claim,
+            Err(refusal) => {
+                self.give_back(machine.id).await;
+                return Err(refusal);
+            }
+        };
         self.host.settle(&machine).await.map_err(Refusal::failed)?;
         let now = now_us();
         let life = Life::new();
@@ -209,6 +215,15 @@ impl<H: Host> Keeper<H> {
         };
         let _ = self.events.send(event);
         Ok(summary(&self.clone().spawn(record, None).record()))
+    }
+
+    /// What was taken for a machine that did not come to be.
+    async fn give_back(&self, id: MachineId) {
+        if !self.known().contains(&id) {
+            let key = id.to_string();
+            // At worst an address stays taken until the next attempt with the same identity.
+            let _ = self.store.write(move |c| store::release_leases(c, &key, &[])).await;
+        }
     }
 
     /// The machine that a draft would become, not yet checked against the host.

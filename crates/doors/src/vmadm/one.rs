@@ -21,7 +21,7 @@ use super::{disks, draft, signals, snapshots};
 /// A guest that was asked to end has this long.
 const STOP_TIMEOUT: Duration = Duration::from_secs(180);
 /// An update that is overtaken is made again so often.
-const TRIES: usize = 20;
+const TRIES: u32 = 200;
 
 /// A machine as it is now.
 pub(super) struct Vm {
@@ -100,7 +100,7 @@ pub(super) async fn redefine(
     change: impl Fn(&mut Object),
 ) -> Result<(), Fault> {
     let world = session.world().await?;
-    for _ in 0..TRIES {
+    for nth in 0..TRIES {
         let vm = find(session, uuid, |uuid| format!("VM {uuid} not found")).await?;
         let mut doc = vm.doc.clone();
         change(&mut doc);
@@ -111,11 +111,18 @@ pub(super) async fn redefine(
         let draft = draft::draft(&doc, &metadata, &world, &session.place.settings)?;
         match store(session, &vm, draft).await? {
             Ok(()) => return Ok(()),
-            Err(Refusal::Changed { .. }) => {}
+            Err(Refusal::Changed { .. }) => step_aside(nth).await,
             Err(refusal) => return Err(Fault::Error(refusal.to_string())),
         }
     }
     Err(Fault::Error(format!("VM {uuid} changes all the time")))
+}
+
+/// Lets others pass; longer each time, and never as long as they.
+async fn step_aside(nth: u32) {
+    let [random, ..] = *uuid::Uuid::new_v4().as_bytes();
+    let most = u64::from(nth.min(20)) * 5 + 2;
+    tokio::time::sleep(Duration::from_millis(u64::from(random) % most)).await;
 }
 
 async fn store(
@@ -343,7 +350,7 @@ async fn update(
     validate::refuse(&verdict)?;
     let (cleaned, left_out) = validate::clean(Action::Update, brand, &payload);
     session.warn(&left_out, &cleaned)?;
-    for _ in 0..TRIES {
+    for nth in 0..TRIES {
         let vm = find(session, &uuid, |uuid| format!("VM {uuid} not found")).await?;
         let subject = Subject {
             doc: vm.doc.clone(),
@@ -356,7 +363,7 @@ async fn update(
         let draft = draft::draft(&doc, &metadata, &world, &session.place.settings)?;
         match store(session, &vm, draft).await? {
             Ok(()) => return session.say(&format!("Successfully updated VM {uuid}")),
-            Err(Refusal::Changed { .. }) => {}
+            Err(Refusal::Changed { .. }) => step_aside(nth).await,
             Err(refusal) => return Err(Fault::Error(refusal.to_string())),
         }
     }

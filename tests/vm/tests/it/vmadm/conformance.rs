@@ -344,3 +344,30 @@ fn machines_start_with_the_host_where_they_are_to() {
         v.ok(&["delete", uuid]);
     }
 }
+
+/// Nobody's work is lost, and what is refused takes nothing.
+#[test]
+fn many_at_once_do_not_overtake_each_other() {
+    let v = Vmadm::new();
+    let uuid = v.create(SEED);
+    std::thread::scope(|scope| {
+        for i in 0..40 {
+            let (v, uuid) = (&v, &uuid);
+            let tag = json!({"set_tags": {format!("k{i}"): i}}).to_string();
+            scope.spawn(move || v.feed(&["update", uuid], &tag));
+        }
+    });
+    assert_eq!(v.get(&uuid)["tags"].as_object().unwrap().len(), 40);
+    let nic =
+        r#""nics":[{"nic_tag":"admin","model":"virtio","ip":"10.9.9.9","netmask":"255.0.0.0"}]"#;
+    // Refused for its disk, when its address was looked at already.
+    let disk = r#""disks":[{"model":"virtio","nocreate":true,"path":"/nowhere","size":1}]"#;
+    v.fails(&["create"], &format!(r#"{{"brand":"kvm","autoboot":false,{nic},{disk}}}"#));
+    let document = format!(r#"{{"brand":"kvm","autoboot":false,{nic}}}"#);
+    let made = std::thread::scope(|scope| {
+        let all: Vec<_> =
+            (0..10).map(|_| scope.spawn(|| v.says(&["create"], &document).code == 0)).collect();
+        all.into_iter().filter_map(|one| one.join().unwrap().then_some(())).count()
+    });
+    assert_eq!(made, 1, "an address has one machine");
+}
