@@ -371,3 +371,33 @@ fn many_at_once_do_not_overtake_each_other() {
     });
     assert_eq!(made, 1, "an address has one machine");
 }
+
+#[test]
+fn the_brand_bhyve_is_provisioned_anew() {
+    let v = Vmadm::new();
+    let sector = v.lab.home().join("sector.img");
+    std::fs::write(&sector, lodge_vm_tests::assets::boot_sector("FROM-THE-IMAGE\r\n")).unwrap();
+    let made = v.lab.json(&["image", "add", sector.to_str().unwrap(), "--name", "sector"]);
+    assert!(!made.is_null());
+    let image = v.lab.json(&["image", "inspect", "sector"])["uuid"].as_str().unwrap().to_owned();
+    let payload = json!({"image_uuid": image}).to_string();
+    let kvm = v.create(SEED);
+    let why = v.fails(&["reprovision", &kvm], &payload);
+    assert_eq!(
+        why,
+        format!("Failed to reprovision VM {kvm}: brand \"kvm\" does not yet support reprovision")
+    );
+    let uuid = v
+        .create(r#"{"brand":"bhyve","ram":64,"disks":[{"model":"virtio","size":16,"boot":true}]}"#);
+    let why = v.fails(&["reprovision", &uuid], "{}");
+    assert_eq!(why, format!("Failed to reprovision VM {uuid}: payload is missing image_uuid"));
+    let done = v.feed(&["reprovision", &uuid], &payload);
+    assert_eq!(done, format!("Successfully reprovisioned VM {uuid}"));
+    let vm = v.get(&uuid);
+    assert_eq!((&vm["state"], &vm["disks"][0]["image_uuid"]), (&json!("running"), &json!(image)));
+    assert_eq!(vm["disks"][0]["size"], 16);
+    v.console(&uuid, "FROM-THE-IMAGE");
+    for uuid in [&kvm, &uuid] {
+        v.ok(&["delete", uuid]);
+    }
+}
