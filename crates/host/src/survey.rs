@@ -270,8 +270,7 @@ fn extra_steps(machine: &Machine, run: &Path, owner: u32, steps: &mut Vec<Step>)
     if !machine.cidata.is_empty() {
         steps.push(Step::Cidata { path: run.join("cidata.img") });
     }
-    let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
-    if vnc.is_some_and(|vnc| vnc.password.is_some()) {
+    if machine.vnc_password().is_some() {
         steps.push(Step::VncPassword { path: run.join("vnc-password"), owner });
     }
 }

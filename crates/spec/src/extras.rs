@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Component, Path, PathBuf};
 
 use crate::draft::{DisplayDraft, GuardDraft, MdataDraft, Scalar, SmbiosDraft};
-use crate::machine::Subnet;
+use crate::machine::{Machine, Subnet};
 use crate::problem::Problems;
 use crate::resolve::parse;
 use crate::words;
@@ -122,6 +122,13 @@ impl Display {
             port: vnc.as_ref().map(|v| u32::from(v.port)),
             password: vnc.as_ref().and_then(|v| v.password.clone()),
         }
+    }
+}
+
+impl Machine {
+    /// What viewers of the screen are asked for; a secret.
+    pub fn vnc_password(&self) -> Option<&str> {
+        self.display.as_ref()?.vnc.as_ref()?.password.as_deref()
     }
 }
 

@@ -6,6 +6,7 @@ use lodge_spec::request::{OneBoot, Refusal, Request};
 use lodge_spec::state::{Detail, State};
 use serde_json::Value;
 
+use super::build::World;
 use super::draft::{boot_order, drive};
 use super::grammar::{BootWords, One, Source};
 use super::info;
@@ -161,9 +162,7 @@ pub(super) async fn start(
         }
     }
     let world = session.world().await?;
-    for nic in objects(&vm.doc, "nics") {
-        known_tag(&world, text(&nic, "nic_tag").unwrap_or("")).map_err(|why| unable(&why))?;
-    }
+    known_tags(&vm.doc, &world).map_err(|why| unable(&why))?;
     let property = text(&vm.doc, "boot").unwrap_or("order=cd");
     let order = boot_order(words.order.as_deref().unwrap_or(property));
     let (order, once) = order.map_err(|why| unable(&why))?;
@@ -212,6 +211,18 @@ fn missing_disk(refusal: &Refusal, own: &[Object], words: &BootWords) -> Option<
     Some(format!("Cannot find disk: {path}"))
 }
 
+/// Every link that the machine's interfaces are on is known.
+fn known_tags(doc: &Object, world: &World) -> Result<(), String> {
+    let nics = objects(doc, "nics");
+    nics.iter().try_for_each(|nic| known_tag(world, text(nic, "nic_tag").unwrap_or("")))
+}
+
+/// 0 seconds mean what nothing means.
+fn patience_ms(seconds: Option<u64>) -> u64 {
+    let patience = seconds.filter(|t| *t > 0).map_or(STOP_TIMEOUT, Duration::from_secs);
+    u64::try_from(patience.as_millis()).unwrap_or(u64::MAX)
+}
+
 async fn stop(session: &mut Session<'_, '_>, vm: Vm, force: bool, timeout: Option<u64>) -> Done {
     let uuid = &vm.uuid;
     set_autoboot(session, uuid, false).await?;
@@ -222,8 +233,7 @@ async fn stop(session: &mut Session<'_, '_>, vm: Vm, force: bool, timeout: Optio
             "VM {uuid} is already not 'running' (currently: {now})"
         )));
     }
-    let timeout = timeout.filter(|t| *t > 0).map_or(STOP_TIMEOUT, Duration::from_secs);
-    let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    let timeout_ms = patience_ms(timeout);
     let request = Request::Stop { target: uuid.clone(), force, timeout_ms };
     session.ask(request).await?.map_err(|refusal| refusal.to_string())?;
     session.say(&format!("Successfully completed stop for VM {uuid}"))
@@ -239,12 +249,8 @@ async fn reboot(session: &mut Session<'_, '_>, vm: Vm, force: bool, timeout: Opt
         )));
     }
     let world = session.world().await?;
-    for nic in objects(&vm.doc, "nics") {
-        known_tag(&world, text(&nic, "nic_tag").unwrap_or(""))
-            .map_err(|why| format!("Cannot reboot vm: {why}"))?;
-    }
-    let timeout = timeout.filter(|t| *t > 0).map_or(STOP_TIMEOUT, Duration::from_secs);
-    let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    known_tags(&vm.doc, &world).map_err(|why| format!("Cannot reboot vm: {why}"))?;
+    let timeout_ms = patience_ms(timeout);
     let request = match force {
         true => Request::Reset { target: uuid.clone() },
         false => Request::Restart { target: uuid.clone(), timeout_ms },

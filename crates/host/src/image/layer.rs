@@ -84,14 +84,19 @@ pub fn make_raw(path: &Path, bytes: u64, from: Option<&Path>, owner: u32) -> io:
     let part = path.with_extension("part");
     let out = File::create(&part)?;
     if let Some(from) = from {
-        let shared = rustix::fs::ioctl_ficlone(&out, File::open(from)?);
-        if shared.is_err() {
-            super::store::copy_sparse(from, &out, |_| {})?;
-        }
+        share_or_copy(from, &out)?;
     }
     out.set_len(bytes)?;
     give(&part, owner)?;
     fs::rename(part, path)
+}
+
+/// Fills a new file with the bytes of another, shared with it where the file system can.
+pub(crate) fn share_or_copy(from: &Path, out: &File) -> io::Result<()> {
+    match rustix::fs::ioctl_ficlone(out, File::open(from)?) {
+        Ok(()) => Ok(()),
+        Err(_) => super::store::copy_sparse(from, out, |_| {}).map(drop),
+    }
 }
 
 /// Gives a folder to the user who makes files in it.

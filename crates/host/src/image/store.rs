@@ -230,7 +230,7 @@ fn failed(path: &Path, error: io::Error) -> Refusal {
 }
 
 /// Copies a file, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
-pub(crate) fn copy_sparse(
+pub(super) fn copy_sparse(
     from: &Path,
     mut out: &File,
     mut see: impl FnMut(&[u8]),

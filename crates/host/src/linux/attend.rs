@@ -194,9 +194,7 @@ impl Live {
                 self.ask(Ask::Screen { at: new.at }).await?;
                 *shown = new.at;
             }
-            let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
-            let password = vnc.and_then(|vnc| vnc.password.as_deref());
-            if let (Some(password), Drive::Qemu(control)) = (password, &self.drive) {
+            if let (Some(password), Drive::Qemu(control)) = (machine.vnc_password(), &self.drive) {
                 // Refused where the machine was started without one; its next start has it.
                 let _ = control.set_vnc_password(password).await;
             }

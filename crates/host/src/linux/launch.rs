@@ -94,8 +94,7 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
         Step::Cidata { path } => write_cidata(machine, path).map_err(at(path)),
         Step::Mdata { path } => write_mdata(machine, path).map_err(at(path)),
         Step::VncPassword { path, owner } => {
-            let vnc = machine.display.as_ref().and_then(|display| display.vnc.as_ref());
-            let password = vnc.and_then(|vnc| vnc.password.as_deref()).unwrap_or("");
+            let password = machine.vnc_password().unwrap_or("");
             paths::write_private(path, password.as_bytes())
                 .and_then(|()| layer::give(path, *owner))
                 .map_err(at(path))

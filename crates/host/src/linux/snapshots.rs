@@ -137,9 +137,7 @@ fn copy_all(disks: &[(String, PathBuf)], to: &Path, owner: u32) -> std::io::Resu
 /// A copy that shares its bytes with the original where that is possible; how many it has.
 fn copy_one(from: &Path, to: &Path, owner: u32) -> std::io::Result<u64> {
     let out = fs::File::create_new(to)?;
-    if rustix::fs::ioctl_ficlone(&out, fs::File::open(from)?).is_err() {
-        crate::image::store::copy_sparse(from, &out, |_| {})?;
-    }
+    layer::share_or_copy(from, &out)?;
     layer::give(to, owner)?;
     use std::os::unix::fs::MetadataExt;
     out.metadata().map(|meta| meta.blocks() * 512)

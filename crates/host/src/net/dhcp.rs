@@ -7,7 +7,7 @@ use dhcproto::v4::{Decodable, Decoder, DhcpOption, Message, MessageType, Opcode,
 use lodge_spec::extras::Lease;
 use lodge_spec::names::Mac;
 
-use super::plan::{METADATA, NetPlan, PREFIX};
+use super::plan::{METADATA, NetPlan, PREFIX, mask};
 
 /// Seconds.
 const LEASE: u32 = 86_400;
@@ -129,7 +129,7 @@ fn compose(
 fn tell(options: &mut Options, plan: &NetPlan, place: &Place, inform: bool) {
     let full = place.lease == Lease::Full;
     let (prefix, router) = place.subnet.unwrap_or((PREFIX, Some(plan.gateway())));
-    options.add(1, &u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes());
+    options.add_addresses(1, &[mask(prefix)]);
     if let Some(router) = router.filter(|_| full) {
         options.add_addresses(3, &[router]);
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
-use super::plan::BRIDGE;
+use super::plan::{BRIDGE, mask};
 use super::tap::{ioctl, request};
 
 const SIOCSIFADDR: libc::c_ulong = 0x8916;
@@ -56,10 +56,7 @@ fn assign(label: u32, address: Ipv4Addr, prefix: Option<u8>) -> io::Result<()> {
     };
     set(SIOCSIFADDR, address)?;
     match prefix {
-        Some(prefix) => {
-            let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-            set(SIOCSIFNETMASK, mask.into())
-        }
+        Some(prefix) => set(SIOCSIFNETMASK, mask(prefix)),
         None => Ok(()),
     }
 }

@@ -20,6 +20,11 @@ pub struct NetPlan {
 }
 
 pub const PREFIX: u8 = 24;
+/// The mask of a prefix of that length.
+pub(super) fn mask(prefix: u8) -> Ipv4Addr {
+    u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).into()
+}
+
 pub const BRIDGE: &str = "br0";
 /// What the network's own addresses have on the wire; always the same, so that a guest that was
 /// moved finds its router where it was.

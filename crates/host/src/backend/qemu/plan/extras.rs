@@ -34,13 +34,13 @@ pub(super) fn all(args: &mut Arguments, machine: &Machine, survey: &Survey) {
     if let Some(smbios) = &machine.smbios {
         args.add("-smbios", identity(smbios));
     }
-    let Some(Display { vga, vnc }) = machine.display.as_deref() else { return };
+    let Some(Display { vga, .. }) = machine.display.as_deref() else { return };
     args.add("-device", device(*vga));
     // The pointer of a screen that is looked at from afar has a place, not a movement.
     args.flag("-usb");
     args.add("-device", "usb-tablet");
     let mut listen = "none".to_owned();
-    if vnc.as_ref().is_some_and(|vnc| vnc.password.is_some()) {
+    if machine.vnc_password().is_some() {
         args.bind_file(PASSWORD, &survey.run.join("vnc-password"));
         args.add("-object", format!("secret,id=vnc,format=raw,file={PASSWORD}"));
         listen.push_str(",password-secret=vnc");
