@@ -8,3 +8,4 @@ pub mod kernel;
 pub mod mdata;
 pub mod qcow2;
 pub mod sniff;
+pub mod tree;

@@ -1,10 +1,10 @@
 //! Where everything is: groups, tables, bitmaps, the superblock and its copies. The tables of
 //! sixteen groups lie together (`flex_bg`), so files lie in long runs behind them.
 
-use std::io::{self, Seek, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 
 use super::inode::Extent;
-use super::{Options, write_block};
+use super::{Options, Style};
 
 pub(super) const BLOCK: u64 = 4096;
 const BLOCKS_PER_GROUP: u64 = 8 * BLOCK;
@@ -20,10 +20,13 @@ pub(super) struct Layout {
     pub(super) inodes_per_group: u64,
     pub(super) journal_blocks: u64,
     descriptor_blocks: u64,
+    /// Groups whose tables lie in the first of them.
+    flex: u64,
 }
 
 impl Layout {
-    pub(super) fn new(size: u64) -> Option<Self> {
+    pub(super) fn new(size: u64, style: Style) -> Option<Self> {
+        let flex = if style == Style::Ext4 { FLEX } else { 1 };
         if !size.is_multiple_of(BLOCK) || !((16 << 20)..=(16 << 40)).contains(&size) {
             return None;
         }
@@ -37,7 +40,7 @@ impl Layout {
             (size / BYTES_PER_INODE).div_ceil(groups).next_multiple_of(16).clamp(256, 8192);
         let descriptor_blocks = (groups * 32).div_ceil(BLOCK);
         let journal_blocks = (blocks / 64).clamp(1024, 16384);
-        Some(Self { blocks, groups, inodes_per_group, journal_blocks, descriptor_blocks })
+        Some(Self { blocks, groups, inodes_per_group, journal_blocks, descriptor_blocks, flex })
     }
 
     pub(super) fn inodes(&self) -> u64 {
@@ -56,28 +59,28 @@ impl Layout {
 
     /// First block of the tables of the sixteen groups around `group`, and how many they are.
     fn flex(&self, group: u64) -> (u64, u64) {
-        let first = group / FLEX * FLEX;
+        let first = group / self.flex * self.flex;
         let start = first * BLOCKS_PER_GROUP + self.copy_blocks(first);
-        (start, FLEX.min(self.groups - first))
+        (start, self.flex.min(self.groups - first))
     }
 
     fn block_bitmap(&self, group: u64) -> u64 {
-        self.flex(group).0 + group % FLEX
+        self.flex(group).0 + group % self.flex
     }
 
     fn inode_bitmap(&self, group: u64) -> u64 {
         let (start, groups) = self.flex(group);
-        start + groups + group % FLEX
+        start + groups + group % self.flex
     }
 
     fn inode_table(&self, group: u64) -> u64 {
         let (start, groups) = self.flex(group);
-        start + 2 * groups + group % FLEX * self.table_blocks()
+        start + 2 * groups + group % self.flex * self.table_blocks()
     }
 
     /// Blocks at the start of a group that hold no files.
     fn reserved(&self, group: u64) -> u64 {
-        let tables = match group % FLEX {
+        let tables = match group % self.flex {
             0 => self.flex(group).1 * (2 + self.table_blocks()),
             _ => 0,
         };
@@ -247,8 +250,13 @@ pub(super) fn write_metadata(
         write_block(out, start + 1, &descriptors)?;
     }
     // The file system is as long as it says, whatever was written last.
-    out.seek(std::io::SeekFrom::Start(layout.blocks * BLOCK - 1))?;
+    out.seek(SeekFrom::Start(layout.blocks * BLOCK - 1))?;
     out.write_all(&[0])
+}
+
+fn write_block(out: &mut (impl Write + Seek), block: u64, bytes: &[u8]) -> io::Result<()> {
+    out.seek(SeekFrom::Start(block * BLOCK))?;
+    out.write_all(bytes)
 }
 
 pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
@@ -257,8 +265,12 @@ pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 
 fn superblock(layout: &Layout, options: &Options, group: u64, free: (u64, u64)) -> Vec<u8> {
     const COMPAT: u32 = 0x4 | 0x8; // has_journal, ext_attr
-    const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extents, flex_bg
-    const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40; // sparse_super, large_file, huge_file, dir_nlink, extra_isize
+    let (incompat, ro_compat): (u32, u32) = match options.style {
+        // filetype, extents, flex_bg; sparse_super, large_file, huge_file, dir_nlink, extra_isize
+        Style::Ext4 => (0x2 | 0x40 | 0x200, 0x1 | 0x2 | 0x8 | 0x20 | 0x40),
+        // filetype; sparse_super, large_file
+        Style::Ext3 => (0x2, 0x1 | 0x2),
+    };
     let mut s = vec![0u8; 1024];
     let mut u32_at = |at: usize, value: u64| put(&mut s, at, &(value as u32).to_le_bytes());
     u32_at(0, layout.inodes());
@@ -278,8 +290,8 @@ fn superblock(layout: &Layout, options: &Options, group: u64, free: (u64, u64)) 
     u32_at(76, 1);
     u32_at(84, 11);
     u32_at(92, u64::from(COMPAT));
-    u32_at(96, u64::from(INCOMPAT));
-    u32_at(100, u64::from(RO_COMPAT));
+    u32_at(96, u64::from(incompat));
+    u32_at(100, u64::from(ro_compat));
     u32_at(224, u64::from(super::inode::JOURNAL));
     u32_at(264, u64::from(options.time));
     u32_at(352, 1); // flags: signed directory hash
@@ -293,7 +305,7 @@ fn superblock(layout: &Layout, options: &Options, group: u64, free: (u64, u64)) 
     u16_at(348, 32);
     u16_at(350, 32);
     s[252] = 1; // half MD4
-    s[372] = FLEX.ilog2() as u8;
+    s[372] = layout.flex.ilog2() as u8;
     put(&mut s, 104, &options.uuid);
     put(&mut s, 236, &options.uuid);
     let label = &options.label.as_bytes()[..options.label.len().min(16)];

@@ -4,10 +4,12 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::process::{Command, Output};
 
-use lodge_formats::ext4::{Error, Options, write_tar};
+use lodge_formats::ext4::read::{self, Stream};
+use lodge_formats::ext4::{Error, Options, Style, write_tar, write_tree};
+use lodge_formats::tree::Kind;
 
 fn options(size: u64) -> Options {
-    Options { size, label: "test".into(), uuid: [7; 16], time: 1_700_000_000 }
+    Options { size, label: "test".into(), uuid: [7; 16], time: 1_700_000_000, style: Style::Ext4 }
 }
 
 #[expect(clippy::disallowed_methods, reason = "a test runs the reference tools")]
@@ -147,4 +149,100 @@ fn what_cannot_be_is_refused() {
         tar.append(&header, &b"x"[..]).unwrap();
     });
     assert_eq!(outside, "../../bad: a path that leaves the root");
+}
+
+/// Reads an image and writes what it holds as another.
+fn again(from: &Path, to: &Path, style: Style) -> read::Contents {
+    let mut input = std::fs::File::open(from).unwrap();
+    let contents = read::read(&mut input).unwrap();
+    let out = std::fs::File::create(to).unwrap();
+    out.set_len(contents.size).unwrap();
+    let options = Options { style, ..options(contents.size) };
+    let open = |pieces: &Vec<read::Piece>| {
+        let mut bytes = Vec::new();
+        Stream::new(&mut input, pieces).read_to_end(&mut bytes).map(|_| std::io::Cursor::new(bytes))
+    };
+    write_tree(&contents.tree, out, &options, open).unwrap();
+    contents
+}
+
+#[test]
+fn what_is_written_is_read_in_both_styles() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second, third] = ["a", "b", "c"].map(|name| dir.path().join(name));
+    build(&first, &archive(), 64 << 20).unwrap();
+    again(&first, &second, Style::Ext3);
+    check(&second);
+    assert_eq!(debugfs(&second, "cat /etc/same"), "lodge\n");
+    assert_eq!(debugfs(&second, "cat /big").len(), 20 << 20);
+    assert!(!debugfs(&second, "show_super_stats").contains("extent"));
+    let contents = again(&second, &third, Style::Ext4);
+    check(&third);
+    assert_eq!(contents.style, Style::Ext3);
+    let tree = contents.tree;
+    let ping = tree.get("bin/ping").unwrap();
+    assert_eq!(ping.xattrs, [("security.capability".to_owned(), vec![1, 0, 0, 2, 0, 32, 0, 0])]);
+    assert_eq!((ping.uid, ping.gid, ping.time), (1000, 70_000, 1_600_000_000));
+    assert!(matches!(
+        tree.get("dev/null").unwrap().kind,
+        Kind::Device { character: true, major: 1, minor: 3 }
+    ));
+    assert_eq!(tree.names_of(tree.index_of("etc/same").unwrap()), 2);
+    assert_eq!(debugfs(&third, "cat /big"), debugfs(&first, "cat /big"));
+}
+
+#[test]
+fn what_the_reference_tool_makes_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    std::fs::create_dir_all(root.join("sub/deep")).unwrap();
+    let big: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+    std::fs::write(root.join("sub/big"), &big).unwrap();
+    std::fs::write(root.join("sub/deep/small"), "small").unwrap();
+    std::os::unix::fs::symlink("sub/deep", root.join("link")).unwrap();
+    for (style, block) in
+        [("ext2", "1024"), ("ext3", "4096"), ("ext3", "1024"), ("ext4", "1024"), ("ext4", "4096")]
+    {
+        let path = dir.path().join(format!("{style}-{block}"));
+        std::fs::File::create(&path).unwrap().set_len(48 << 20).unwrap();
+        let made = tool("mke2fs", &["-q", "-t", style, "-b", block, "-d", root.to_str().unwrap(), path.to_str().unwrap()]);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let mut input = std::fs::File::open(&path).unwrap();
+        let tree = read::read(&mut input).unwrap().tree;
+        let mut text = |path: &str| {
+            let Kind::File { contents, .. } = &tree.find(path).unwrap().kind else { panic!() };
+            let mut bytes = Vec::new();
+            Stream::new(&mut input, contents).read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        assert!(text("sub/big") == big, "{style} {block}");
+        assert_eq!(text("link/small"), b"small");
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(300))]
+    /// Bytes are changed where the tables are, not where nobody looks.
+    #[test]
+    fn no_bytes_make_the_reader_panic(changes: [(u16, u8); 12], block in 0_u64..30) {
+        static IMAGE: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+            let mut tar = tar::Builder::new(Vec::new());
+            add(&mut tar, "etc/a", &[1; 9000]);
+            link(&mut tar, "long", &"very/".repeat(15), tar::EntryType::Symlink);
+            let mut out = std::io::Cursor::new(Vec::new());
+            let tar = tar.into_inner().unwrap();
+            write_tar(&tar[..], &mut out, &options(16 << 20), |_| {}).unwrap();
+            out.into_inner()
+        });
+        let mut bytes = IMAGE.clone();
+        for (at, value) in changes {
+            let place = match at % 3 {
+                0 => 1024 + u64::from(at) % 1024,
+                1 => 4096 + u64::from(at) % 64,
+                _ => block * 4096 + u64::from(at) % 4096,
+            };
+            bytes[place as usize] = value;
+        }
+        let _ = read::read(std::io::Cursor::new(bytes));
+    }
 }

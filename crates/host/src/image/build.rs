@@ -163,7 +163,13 @@ impl Images {
             let pair = std::str::from_utf8(pair).unwrap_or("00");
             *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
         }
-        let options = ext4::Options { size, label: "root".into(), uuid, time: 1_700_000_000 };
+        let options = ext4::Options {
+            size,
+            label: "root".into(),
+            uuid,
+            time: 1_700_000_000,
+            style: ext4::Style::Ext4,
+        };
         let archive = BufReader::with_capacity(1 << 20, File::open(tree).map_err(text)?);
         ext4::write_tar(archive, part.as_file(), &options, |done| {
             tell("writing the file system", done, total);
