@@ -4,6 +4,7 @@
 pub mod cpio;
 pub mod ext4;
 pub mod fat;
+pub mod iso9660;
 pub mod kernel;
 pub mod mdata;
 pub mod qcow2;

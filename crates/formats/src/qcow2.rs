@@ -1,6 +1,8 @@
 //! qcow2 headers: reads what a foreign image claims, and writes empty images, with or without a
 //! backing file. Never follows a backing file.
 
+pub mod volume;
+
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 const MAGIC: &[u8; 4] = b"QFI\xfb";
