@@ -13,6 +13,7 @@ pub enum Kind {
     Cpio,
     Tar,
     Gzip,
+    Bzip2,
     Xz,
     Zstd,
     /// An ext2, ext3 or ext4 file system without a partition table.
@@ -34,6 +35,7 @@ const MAGICS: &[(usize, &[u8], Kind)] = &[
     (0, b"070701", Kind::Cpio),
     (257, b"ustar", Kind::Tar),
     (0, b"\x1f\x8b\x08", Kind::Gzip),
+    (0, b"BZh", Kind::Bzip2),
     (0, b"\xfd7zXZ\0", Kind::Xz),
     (0, b"\x28\xb5\x2f\xfd", Kind::Zstd),
     (0x438, b"\x53\xef", Kind::Ext4),
@@ -64,6 +66,7 @@ impl std::fmt::Display for Kind {
             Kind::Cpio => "a cpio archive",
             Kind::Tar => "a tar archive",
             Kind::Gzip => "gzip-compressed data",
+            Kind::Bzip2 => "bzip2-compressed data",
             Kind::Xz => "xz-compressed data",
             Kind::Zstd => "zstd-compressed data",
             Kind::Ext4 => "an ext4 file system",

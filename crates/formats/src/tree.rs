@@ -117,7 +117,8 @@ pub fn read_entry<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Entry, Error
     let path = clean(&raw)?;
     let xattrs = read_xattrs(entry, &path)?;
     let header = entry.header();
-    let numbers = |what: std::io::Result<u64>| what.map_err(|e| Error::new(&path, e.to_string()));
+    // Fields that a writer left empty stand for zero; the header's checksum was right.
+    let numbers = |what: std::io::Result<u64>| what.unwrap_or(0) as u32;
     let kind = match header.entry_type() {
         tar::EntryType::Directory => Kind::Directory,
         tar::EntryType::Regular | tar::EntryType::Continuous | tar::EntryType::GNUSparse => {
@@ -148,9 +149,9 @@ pub fn read_entry<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Entry, Error
     Ok(Entry::Node(Node {
         kind,
         mode: header.mode().map_err(|e| Error::new(&path, e.to_string()))? as u16 & 0o7777,
-        uid: numbers(header.uid())? as u32,
-        gid: numbers(header.gid())? as u32,
-        time: numbers(header.mtime())? as u32,
+        uid: numbers(header.uid()),
+        gid: numbers(header.gid()),
+        time: numbers(header.mtime()),
         xattrs,
         path,
     }))
@@ -276,6 +277,13 @@ impl<C> Tree<C> {
             self.remove(&path)?;
         }
         self.link(&path, &target)
+    }
+
+    /// The same names with other contents.
+    pub fn map<D>(self, mut change: impl FnMut(C) -> D) -> Tree<D> {
+        let Tree { nodes, by_path, children, links, time } = self;
+        let nodes = nodes.into_iter().map(|node| node.with(&mut change)).collect();
+        Tree { nodes, by_path, children, links, time }
     }
 
     fn linkable(&self, path: &str, target: &str) -> Result<usize, Error> {

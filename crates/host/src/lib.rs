@@ -13,6 +13,7 @@ mod mdata;
 pub mod net;
 pub mod paths;
 pub mod proc;
+pub mod rootfs;
 pub mod survey;
 pub mod trial;
 pub mod warden;

@@ -39,7 +39,7 @@ pub(crate) fn at<E: Into<io::Error>>(what: &'static str, path: &Path) -> impl Fn
     move |error| Error::io(what, path, error.into())
 }
 
-fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
+pub(crate) fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| Error::Step { what, source: error.into() }
 }
 

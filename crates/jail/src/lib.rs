@@ -5,10 +5,12 @@
 pub mod cgroup;
 pub mod in_force;
 pub mod plan;
+pub mod script;
 
 mod enter;
 mod mounts;
 mod syscalls;
 
 pub use enter::run;
+pub use enter::Error;
 pub use plan::{Bind, JailPlan};

@@ -98,6 +98,7 @@ impl Images {
             | sniff::Kind::Cpio
             | sniff::Kind::Tar
             | sniff::Kind::Gzip
+            | sniff::Kind::Bzip2
             | sniff::Kind::Xz
             | sniff::Kind::Zstd) => {
                 let message = format!("{} is {other}; an image is a disk", path.display());
@@ -261,7 +262,7 @@ fn name_of(path: &Path) -> Result<ImageName, Refusal> {
     stem.parse().map_err(|e| Refusal::invalid("name", format!("{e}; give one with --name")))
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
