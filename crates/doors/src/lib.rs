@@ -5,3 +5,4 @@ pub mod connect;
 pub mod control;
 pub mod native;
 pub mod vmadm;
+pub mod xcluster;

@@ -116,7 +116,9 @@ pub fn write_tree<C, R: Read>(
         }
         let named = Node { path, ..node.plain() };
         match &node.kind {
-            Kind::File { contents, size } if *size > 0 => writer.add(named, &mut open(contents)?)?,
+            Kind::File { contents, size } if *size > 0 => {
+                writer.add(named, &mut open(contents)?)?
+            }
             _ => writer.add(named, &mut io::empty())?,
         }
     }
@@ -177,8 +179,7 @@ impl<'a, W: Write + Seek> Writer<'a, W> {
 
     fn finish(mut self) -> Result<Summary, Error> {
         let (layout, options) = (self.layout, self.options);
-        let journal =
-            self.allocator.run(layout.journal_blocks).ok_or(Error::Full(options.size))?;
+        let journal = self.allocator.run(layout.journal_blocks).ok_or(Error::Full(options.size))?;
         let files = self.tree.nodes().len() - 1;
         if files as u64 + 11 > layout.inodes() {
             return Err(Error::Full(options.size));

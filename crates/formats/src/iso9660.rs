@@ -173,7 +173,11 @@ fn folder(
     // A record does not cross the end of a sector; the folder's own records say its whole length.
     let lengths = records.iter().map(|(name, _, _, s)| record(0, 0, false, name, s).len());
     let total = lengths.fold(0, |end, n| {
-        if end / SECTOR == (end + n - 1) / SECTOR { end + n } else { end.next_multiple_of(SECTOR) + n }
+        if end / SECTOR == (end + n - 1) / SECTOR {
+            end + n
+        } else {
+            end.next_multiple_of(SECTOR) + n
+        }
     });
     let total = total.next_multiple_of(SECTOR);
     let mut bytes = Vec::new();
@@ -199,7 +203,8 @@ fn attributes(mode: u32) -> Vec<u8> {
 /// Says that the fields above are Rock Ridge.
 fn extensions_reference() -> Vec<u8> {
     const ID: &[u8] = b"RRIP_1991A";
-    const WHAT: &[u8] = b"THE ROCK RIDGE INTERCHANGE PROTOCOL PROVIDES SUPPORT FOR POSIX FILE SYSTEM SEMANTICS";
+    const WHAT: &[u8] =
+        b"THE ROCK RIDGE INTERCHANGE PROTOCOL PROVIDES SUPPORT FOR POSIX FILE SYSTEM SEMANTICS";
     const WHERE: &[u8] = b"PLEASE CONTACT DISC PUBLISHER FOR SPECIFICATION SOURCE.";
     let length = 8 + ID.len() + WHAT.len() + WHERE.len();
     let mut bytes = vec![b'E', b'R', length as u8, 1];
@@ -250,7 +255,9 @@ fn descriptor(label: &str, layout: &Layout, joliet: bool) -> Vec<u8> {
     put(148, &(tables + 1).to_be_bytes());
     let (at, length) = layout.folder(joliet);
     put(156, &record(at, length, true, &[0], &[]));
-    for (at, length) in [(190, 128), (318, 128), (446, 128), (574, 128), (702, 37), (739, 37), (776, 37)] {
+    for (at, length) in
+        [(190, 128), (318, 128), (446, 128), (574, 128), (702, 37), (739, 37), (776, 37)]
+    {
         put(at, &text("", length));
     }
     for at in [813, 830, 847, 864] {

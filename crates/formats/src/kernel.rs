@@ -37,6 +37,16 @@ pub fn unpack(image: &[u8]) -> Result<Vec<u8>, Error> {
     if elf.starts_with(b"\x7fELF") { Ok(elf) } else { Err(Error::NotKernel) }
 }
 
+/// The configuration that a kernel carries, if it does (`CONFIG_IKCONFIG`).
+pub fn config(elf: &[u8]) -> Option<String> {
+    let find = |mark: &[u8]| elf.windows(mark.len()).position(|w| w == mark);
+    let packed = &elf[find(b"IKCFG_ST\x1f\x8b")? + 8..];
+    let mut text = String::new();
+    let decoder = flate2::read::GzDecoder::new(packed);
+    decoder.take(16 << 20).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
 /// The `payload_offset` and `payload_length` of the boot protocol, from version 2.08 on.
 fn payload(image: &[u8]) -> Result<&[u8], Error> {
     if image.get(0x202..0x206) != Some(b"HdrS") {

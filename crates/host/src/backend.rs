@@ -17,7 +17,7 @@ use lodge_jail::cgroup::Limits;
 use lodge_spec::capability::Need;
 use lodge_spec::draft::GuardDraft;
 use lodge_spec::extras::{Guard, Lease};
-use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Port, Protocol};
+use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Port, Protocol, Segment};
 use lodge_spec::names::Mac;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -244,6 +244,9 @@ pub struct Tap {
     pub address: Ipv4Addr,
     /// Prefix and router, where the address is not of the network's own plan.
     pub subnet: Option<(u8, Option<Ipv4Addr>)>,
+    /// The bridge that it is on, where that is not the network's common one.
+    #[serde(default)]
+    pub segment: Option<Segment>,
     pub lease: Lease,
     pub guard: Option<GuardDraft>,
     /// The name under which neighbours find the machine.
@@ -266,6 +269,7 @@ impl Tap {
             mac: nic.mac,
             address: place.address,
             subnet: nic.subnet.map(|s| (s.prefix, s.gateway)),
+            segment: nic.segment,
             lease: nic.lease,
             guard: nic.guard.as_deref().map(Guard::to_draft),
             hostname: machine.hostname.clone(),

@@ -119,18 +119,9 @@ impl Build {
             return Ok((dir, identity));
         }
         let archive = self.archive(say)?;
-        let mut identity = self.verify(&archive, say)?;
+        let mut identity = verify(&archive, &self.archives, &self.record, say)?;
         say(&format!("Unpacking {}", archive.display()));
-        fs::create_dir_all(&self.sources).map_err(at(&self.sources))?;
-        let part = tempfile::Builder::new().prefix(".part-").tempdir_in(&self.sources);
-        let part = part.map_err(at(&self.sources))?;
-        let tar = find_program("tar").ok_or("tar is not installed")?;
-        let tool = Tool::new(tar)
-            .args(["--strip-components=1", "--no-same-owner", "-xf"])
-            .arg(&archive)
-            .arg("-C")
-            .arg(part.path());
-        quietly(&tool, "unpacking the kernel")?;
+        let part = unpack(&archive, &self.sources)?;
         if let Some(patch) = &self.patch {
             let program = find_program("patch").ok_or("patch is not installed")?;
             let tool = Tool::new(program)
@@ -153,9 +144,12 @@ impl Build {
             return Ok(path);
         }
         if let Some(base) = &self.base_url {
-            return fetch(&format!("{}/{name}", base.trim_end_matches('/')), &self.cache, say, |path| {
-                self.verify_fetched(path, &name)
-            });
+            return fetch(
+                &format!("{}/{name}", base.trim_end_matches('/')),
+                &self.cache,
+                say,
+                |path| self.verify_fetched(path, &name),
+            );
         }
         self.debian(say).map_err(|why| {
             let first = self.archives.first().map(|d| d.join(&name)).unwrap_or_default();
@@ -195,63 +189,13 @@ impl Build {
         Ok(path)
     }
 
-    /// The digest of an archive that lies here, compared with what is recorded of its name. One
-    /// that nobody recorded is recorded now, and said so.
-    fn verify(&self, archive: &Path, say: Say) -> Result<String, String> {
-        let name = archive.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let found = digest_of(archive)?;
-        match self.recorded(&name) {
-            Some(expected) => compare(&name, &expected, &found)?,
-            None => {
-                // What is no archive at all is not recorded as one.
-                let mut start = [0; 512];
-                archive::unpacked(archive)?
-                    .read_exact(&mut start)
-                    .map_err(|e| format!("{}: {e}", archive.display()))?;
-                let mut text = fs::read_to_string(&self.record).unwrap_or_default();
-                text += &format!("{found}  {name}\n");
-                if let Some(parent) = self.record.parent() {
-                    fs::create_dir_all(parent).map_err(at(parent))?;
-                }
-                fs::write(&self.record, text).map_err(at(&self.record))?;
-                say(&format!(
-                    "WARNING: nothing is recorded of {name}; from now on its SHA-256 is {found} ({})",
-                    self.record.display()
-                ));
-            }
-        }
-        Ok(found)
-    }
-
     fn verify_fetched(&self, path: &Path, name: &str) -> Result<(), String> {
         let found = digest_of(path)?;
-        let expected = self.recorded(name).ok_or_else(|| {
+        let expected = recorded(name, &self.archives, &self.record).ok_or_else(|| {
             let record = self.record.display();
             format!("{name} is not taken unseen: put its SHA-256 into {record} (found: {found})")
         })?;
         compare(name, &expected, &found)
-    }
-
-    /// The digest that is recorded of a name: by us, or beside the archives.
-    fn recorded(&self, name: &str) -> Option<String> {
-        let lists = self.archives.iter().flat_map(|dir| {
-            ["SHA256SUMS", "sha256sums.asc"].map(|list| dir.join(list))
-        });
-        let texts = std::iter::once(self.record.clone()).chain(lists);
-        let texts = texts.filter_map(|path| fs::read_to_string(path).ok());
-        let mut known: BTreeMap<String, String> =
-            KNOWN.iter().map(|(name, sum)| ((*name).to_owned(), (*sum).to_owned())).collect();
-        for text in texts {
-            for line in text.lines() {
-                let mut words = line.split_whitespace();
-                if let (Some(sum), Some(name)) = (words.next(), words.next())
-                    && sum.len() == 64
-                {
-                    known.insert(name.trim_start_matches('*').to_owned(), sum.to_lowercase());
-                }
-            }
-        }
-        known.remove(name)
     }
 
     /// Settles the configuration: nothing is asked, new symbols take their defaults.
@@ -348,10 +292,11 @@ impl Build {
         let part = part.map_err(at(parent))?;
         let modules = part.path().join("modules");
         fs::create_dir_all(modules.join("lib/modules")).map_err(at(&modules))?;
-        let tool = self
-            .make(source)
-            .arg(format!("INSTALL_MOD_PATH={}", modules.display()))
-            .args(["INSTALL_MOD_STRIP=1", "DEPMOD=true", "modules_install"]);
+        let tool = self.make(source).arg(format!("INSTALL_MOD_PATH={}", modules.display())).args([
+            "INSTALL_MOD_STRIP=1",
+            "DEPMOD=true",
+            "modules_install",
+        ]);
         quietly(&tool, "installing the modules")?;
         for link in ["build", "source"] {
             for dir in fs::read_dir(modules.join("lib/modules")).map_err(at(&modules))?.flatten() {
@@ -366,6 +311,72 @@ impl Build {
         }
         fs::rename(part.keep(), kept).map_err(at(kept))
     }
+}
+
+/// The digest of an archive that lies here, compared with what is recorded of its name: in
+/// `record`, or beside the archives. One that nobody recorded is recorded now, and said so.
+pub fn verify(
+    archive: &Path,
+    folders: &[PathBuf],
+    record: &Path,
+    say: Say,
+) -> Result<String, String> {
+    let name = archive.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let found = digest_of(archive)?;
+    if let Some(expected) = recorded(&name, folders, record) {
+        return compare(&name, &expected, &found).map(|()| found);
+    }
+    // What is no archive at all is not recorded as one.
+    let mut start = [0; 512];
+    archive::unpacked(archive)?
+        .read_exact(&mut start)
+        .map_err(|e| format!("{}: {e}", archive.display()))?;
+    let mut text = fs::read_to_string(record).unwrap_or_default();
+    text += &format!("{found}  {name}\n");
+    if let Some(parent) = record.parent() {
+        fs::create_dir_all(parent).map_err(at(parent))?;
+    }
+    fs::write(record, text).map_err(at(record))?;
+    say(&format!(
+        "WARNING: nothing is recorded of {name}; from now on its SHA-256 is {found} ({})",
+        record.display()
+    ));
+    Ok(found)
+}
+
+/// The digest that is recorded of a name.
+fn recorded(name: &str, folders: &[PathBuf], record: &Path) -> Option<String> {
+    let lists =
+        folders.iter().flat_map(|dir| ["SHA256SUMS", "sha256sums.asc"].map(|list| dir.join(list)));
+    let texts = std::iter::once(record.to_owned()).chain(lists);
+    let texts = texts.filter_map(|path| fs::read_to_string(path).ok());
+    let mut known: BTreeMap<String, String> =
+        KNOWN.iter().map(|(name, sum)| ((*name).to_owned(), (*sum).to_owned())).collect();
+    for text in texts {
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            if let (Some(sum), Some(name)) = (words.next(), words.next())
+                && sum.len() == 64
+            {
+                known.insert(name.trim_start_matches('*').to_owned(), sum.to_lowercase());
+            }
+        }
+    }
+    known.remove(name)
+}
+
+/// Unpacks an archive, without its first folder, into a new folder below another.
+pub fn unpack(archive: &Path, below: &Path) -> Result<tempfile::TempDir, String> {
+    fs::create_dir_all(below).map_err(at(below))?;
+    let part = tempfile::Builder::new().prefix(".part-").tempdir_in(below).map_err(at(below))?;
+    let tar = find_program("tar").ok_or("tar is not installed")?;
+    let tool = Tool::new(tar)
+        .args(["--strip-components=1", "--no-same-owner", "-xf"])
+        .arg(archive)
+        .arg("-C")
+        .arg(part.path());
+    quietly(&tool, &format!("unpacking {}", archive.display()))?;
+    Ok(part)
 }
 
 fn compare(name: &str, expected: &str, found: &str) -> Result<(), String> {
@@ -391,11 +402,18 @@ fn fetch(
     if path.is_file() && accept(&path).is_ok() {
         return Ok(path);
     }
-    let curl = find_program("curl").ok_or("curl is not installed; `apt-get install curl` adds it")?;
+    let curl =
+        find_program("curl").ok_or("curl is not installed; `apt-get install curl` adds it")?;
     say(&format!("Fetching {url}"));
     let part = tempfile::Builder::new().prefix(".part-").tempfile_in(&folder);
     let part = part.map_err(at(&folder))?;
-    let tool = Tool::new(curl)
+    let mut tool = Tool::new(curl);
+    for proxy in ["http_proxy", "https_proxy", "no_proxy"] {
+        if let Some(value) = std::env::var_os(proxy) {
+            tool = tool.env(proxy, value);
+        }
+    }
+    let tool = tool
         .args(["--fail", "--location", "--silent", "--show-error", "--proto", "=http,https", "-o"])
         .arg(part.path())
         .arg(url);
@@ -427,7 +445,8 @@ pub fn debian_package(package: &str) -> Result<tempfile::TempDir, String> {
     let deb = deb.ok_or_else(|| format!("apt-get download {package} brought nothing"))?;
     let tree = dir.path().join("tree");
     quietly(&Tool::new(&dpkg).arg("-x").arg(&deb).arg(&tree), "unpacking a package")?;
-    let version = output(&Tool::new(&dpkg).arg("-f").arg(&deb).arg("Version"), "reading a package")?;
+    let version =
+        output(&Tool::new(&dpkg).arg("-f").arg(&deb).arg("Version"), "reading a package")?;
     fs::write(dir.path().join("version"), version.trim()).map_err(at(dir.path()))?;
     Ok(dir)
 }
@@ -501,7 +520,8 @@ mod tests {
         assert!(why.contains("not an archive"), "{why}");
         assert!(!own.record.exists());
         let wrong = "0".repeat(64);
-        fs::write(own.archives[0].join("SHA256SUMS"), format!("{wrong}  linux-9.9.tar.xz\n")).unwrap();
+        fs::write(own.archives[0].join("SHA256SUMS"), format!("{wrong}  linux-9.9.tar.xz\n"))
+            .unwrap();
         let why = own.source(&|_| {}).unwrap_err();
         assert!(why.starts_with("Archive checksum mismatch [linux-9.9.tar.xz]"), "{why}");
         assert!(why.contains(&wrong) && why.contains(&digest_of(&archive).unwrap()), "{why}");

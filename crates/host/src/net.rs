@@ -10,6 +10,7 @@ pub mod holder;
 pub mod keeper;
 mod names;
 pub mod plan;
+mod segments;
 mod setup;
 pub(crate) mod tap;
 pub mod uplink;

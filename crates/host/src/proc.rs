@@ -27,6 +27,7 @@ pub struct Tool {
     program: PathBuf,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    folder: Option<PathBuf>,
 }
 
 impl Tool {
@@ -36,7 +37,12 @@ impl Tool {
             ("LC_ALL", "C.UTF-8"),
         ];
         let env = env.map(|(k, v)| (k.into(), v.into()));
-        Self { program: program.as_ref().to_owned(), args: Vec::new(), env: env.into() }
+        Self {
+            program: program.as_ref().to_owned(),
+            args: Vec::new(),
+            env: env.into(),
+            folder: None,
+        }
     }
 
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -54,12 +60,21 @@ impl Tool {
         self
     }
 
+    /// Where it works; the caller's own folder where this is not called.
+    pub fn within(mut self, folder: impl AsRef<Path>) -> Self {
+        self.folder = Some(folder.as_ref().to_owned());
+        self
+    }
+
     /// The command with its clean environment, for callers that wire its streams themselves.
     #[expect(clippy::disallowed_methods, reason = "this is the one door")]
     pub fn command(&self) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(&self.program);
         command.args(&self.args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
         command.stdin(Stdio::null());
+        if let Some(folder) = &self.folder {
+            command.current_dir(folder);
+        }
         command
     }
 

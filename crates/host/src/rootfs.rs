@@ -4,8 +4,10 @@
 
 pub mod archive;
 pub mod base;
+pub mod cdrom;
 pub mod content;
 pub mod disk;
+pub mod image;
 pub mod overlay;
 pub mod programs;
 pub mod provenance;

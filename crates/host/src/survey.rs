@@ -117,7 +117,7 @@ impl Surveyor<'_> {
         let kernel = visible(&looked.path, "kernel", run, uid, steps);
         // Whoever turns PCI off knows that the kernel does without.
         let pci = !cmdline.split_whitespace().any(|word| word == "pci=off");
-        let virtio_mmio = known_mmio || !pci;
+        let virtio_mmio = known_mmio || looked.virtio_mmio || !pci;
         let (pvh, elf) = (looked.pvh, looked.elf);
         Some(BootFiles::Kernel { kernel, initrd, cmdline, elf, pvh, virtio_mmio, pci })
     }

@@ -11,6 +11,6 @@ mod enter;
 mod mounts;
 mod syscalls;
 
-pub use enter::run;
 pub use enter::Error;
+pub use enter::run;
 pub use plan::{Bind, JailPlan};

@@ -7,13 +7,14 @@ use std::time::Duration;
 use lodge_doors::control::Control;
 use lodge_host::image::Manifest;
 use lodge_host::linux::Linux;
+use lodge_host::net::uplink;
 use lodge_host::warden::console;
 use lodge_machine::keeper::{Found, detail, summary};
 use lodge_machine::record::Record;
 use lodge_machine::{Keeper, Verb};
 use lodge_spec::machine::{BackendKind, Boot, DiskSource};
 use lodge_spec::names::ImageName;
-use lodge_spec::request::{Question, Refusal, Reply, Request, Target};
+use lodge_spec::request::{NetworkAsk, Question, Refusal, Reply, Request, Target};
 use lodge_spec::state::{Event, State};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
@@ -145,6 +146,14 @@ impl Answer {
             Request::Doctor => {
                 let host = self.keeper.host();
                 Ok(Reply::Document { value: doctor::examine(host.facts().await) })
+            }
+            Request::Network { name, ask } => {
+                let dir = self.keeper.host().paths.network(name.as_str());
+                let pid = uplink::ask(&dir, &name, ask).await.map_err(Refusal::failed)?;
+                if ask == (NetworkAsk::Hold { stay: false }) {
+                    uplink::leave(&dir).await;
+                }
+                Ok(Reply::Document { value: json!({"pid": pid}) })
             }
             Request::Trial => {
                 let host = self.keeper.host();

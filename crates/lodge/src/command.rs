@@ -20,7 +20,7 @@ use lodge_spec::state::{Event, Summary};
 use lodge_spec::{Bytes, document};
 use serde_json::{Value, json};
 
-use crate::{client, console, daemon, vmadm};
+use crate::{client, console, daemon, vmadm, xcluster};
 
 const TIMED_OUT: u8 = 124;
 
@@ -31,6 +31,8 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Completions { shell } => return completions(shell),
         Verb::Man { folder } => return man(folder),
         Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
+        Verb::Xc { words } => return xcluster::main(words),
+        Verb::Xcadmin { words } => return xcluster::admin(words),
         Verb::Schema => return print(&document::schema_text()),
         _ => {}
     }
@@ -169,6 +171,8 @@ impl Session {
             Verb::Assets(Assets::Install { folder, image }) => self.assets(&folder, &image).await,
             Verb::Serve(_)
             | Verb::Vmadm { .. }
+            | Verb::Xc { .. }
+            | Verb::Xcadmin { .. }
             | Verb::Completions { .. }
             | Verb::Man { .. }
             | Verb::Schema => {

@@ -10,6 +10,7 @@ mod doctor;
 mod otlp;
 mod settings;
 mod vmadm;
+mod xcluster;
 
 use std::io::Write;
 use std::path::Path;
@@ -34,6 +35,8 @@ fn main() -> ExitCode {
     let called = text(0).and_then(|name| name.rsplit('/').next());
     let done = match called {
         Some("vmadm") => vmadm::main("vmadm", &words),
+        Some("xc") => xcluster::main(&words),
+        Some("xcadmin") => xcluster::admin(&words),
         Some(_) | None => command::main(),
     };
     match done {

@@ -283,6 +283,14 @@ pub struct NicDraft {
     /// answers there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
+    /// Number of a bridge of its own inside the network, 0 to 255: interfaces on different ones do
+    /// not meet. It has no DHCP, and there is an `address` with its `prefix`. The network's common
+    /// bridge when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segment: Option<u32>,
+    /// IPv6 address and prefix length of a segment's router. The network answers there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway6: Option<String>,
     /// What DHCP tells: `full`, `address` (without router, names and host name) or `none`. `full`
     /// when absent.
     #[serde(skip_serializing_if = "Option::is_none")]

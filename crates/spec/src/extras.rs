@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Component, Path, PathBuf};
 
 use crate::draft::{DisplayDraft, GuardDraft, MdataDraft, Scalar, SmbiosDraft};
-use crate::machine::{Machine, Subnet};
+use crate::machine::{Machine, Segment, Subnet};
 use crate::problem::Problems;
 use crate::resolve::parse;
 use crate::words;
@@ -285,6 +285,42 @@ pub(crate) fn resolve_subnet(
         }
         Ok(_) | Err(_) => {
             p.add(at("prefix"), format!("{prefix} is out of range; 8 to 32 is possible"));
+            None
+        }
+    }
+}
+
+pub(crate) fn resolve_segment(
+    p: &mut Problems,
+    at: &impl Fn(&str) -> String,
+    subnet: Option<Subnet>,
+    number: Option<u32>,
+    gateway6: Option<String>,
+) -> Option<Segment> {
+    let Some(number) = number else {
+        if gateway6.is_some() {
+            p.add(at("gateway6"), "a router for IPv6 goes with a `segment`");
+        }
+        return None;
+    };
+    if subnet.is_none() {
+        p.add(at("segment"), "a segment goes with an `address` and its `prefix`");
+    }
+    let gateway6 = gateway6.and_then(|text| {
+        let parts = text.split_once('/');
+        let parsed = parts.and_then(|(ip, prefix)| {
+            let prefix = prefix.parse().ok().filter(|prefix| (1..=128).contains(prefix))?;
+            Some((ip.parse().ok()?, prefix))
+        });
+        if parsed.is_none() {
+            p.add(at("gateway6"), format!("{text:?} is not an IPv6 address with a prefix length"));
+        }
+        parsed
+    });
+    match u8::try_from(number) {
+        Ok(number) => Some(Segment { number, gateway6 }),
+        Err(_) => {
+            p.add(at("segment"), format!("{number} is out of range; 0 to 255 is possible"));
             None
         }
     }

@@ -3,7 +3,7 @@
 //! `to_draft` renders, so that no format ever grows out of this type.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use crate::draft::{
@@ -128,6 +128,7 @@ pub struct Nic {
     pub address: Option<Ipv4Addr>,
     /// Present where the address is not of the network's own plan.
     pub subnet: Option<Subnet>,
+    pub segment: Option<Segment>,
     pub lease: Lease,
     pub guard: Option<Box<Guard>>,
     /// What the guest may receive.
@@ -142,6 +143,14 @@ pub struct Subnet {
     /// 8 to 32.
     pub prefix: u8,
     pub gateway: Option<Ipv4Addr>,
+}
+
+/// A bridge of its own inside a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Segment {
+    pub number: u8,
+    /// With the length of its prefix.
+    pub gateway6: Option<(Ipv6Addr, u8)>,
 }
 
 /// A limit on bytes.
@@ -479,7 +488,19 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
 }
 
 fn nic_to_draft(nic: &Nic) -> NicDraft {
-    let Nic { name, network, model, mac, address, subnet, lease, guard, rx_limit, tx_limit } = nic;
+    let Nic {
+        name,
+        network,
+        model,
+        mac,
+        address,
+        subnet,
+        segment,
+        lease,
+        guard,
+        rx_limit,
+        tx_limit,
+    } = nic;
     let limit = |limit: &Option<RateLimit>| {
         limit.map(|RateLimit { bandwidth, refill_ms, burst }| RateLimitDraft {
             bandwidth: Some(Size::Bytes(bandwidth)),
@@ -495,6 +516,8 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         address: address.map(|a| a.to_string()),
         prefix: subnet.map(|s| u32::from(s.prefix)),
         gateway: subnet.and_then(|s| s.gateway).map(|g| g.to_string()),
+        segment: segment.map(|s| u32::from(s.number)),
+        gateway6: segment.and_then(|s| s.gateway6).map(|(ip, prefix)| format!("{ip}/{prefix}")),
         lease: Some(lease.to_string()),
         guard: guard.as_deref().map(Guard::to_draft),
         rx_limit: limit(rx_limit),

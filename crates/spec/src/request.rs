@@ -2,11 +2,14 @@
 //! these; policy is behind them. They are also the messages of the native socket, one JSON object
 //! a line, which is why this file, besides `draft`, knows serde.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::draft::{DiskDraft, Draft, NicDraft};
-use crate::names::{ImageName, MachineId};
+use crate::machine::Segment;
+use crate::names::{ImageName, MachineId, NetName};
 use crate::problem::Problem;
 use crate::state::{Detail, Event, State, Summary, Usage};
 
@@ -133,6 +136,12 @@ pub enum Request {
     Console {
         target: Target,
     },
+    /// Changes a network, made where it is not there yet. A document with the `pid` of a process
+    /// that lives in it.
+    Network {
+        name: NetName,
+        ask: NetworkAsk,
+    },
     Doctor,
     /// Puts the jail to the test. A document: a list of `{way, closed}`.
     Trial,
@@ -191,6 +200,16 @@ crate::words!(
         Vnc = "vnc",
     }
 );
+
+/// What is asked of a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetworkAsk {
+    /// To stay although no machine is attached, or no longer.
+    Hold { stay: bool },
+    /// To have a segment, its router at these addresses.
+    Segment { segment: Segment, gateway: Option<(Ipv4Addr, u8)> },
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -358,6 +358,8 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
         address,
         prefix,
         gateway,
+        segment,
+        gateway6,
         lease,
         guard,
         rx_limit,
@@ -369,12 +371,25 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
     let mac = parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i));
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
     let subnet = extras::resolve_subnet(p, &at, address, prefix, gateway);
+    let segment = extras::resolve_segment(p, &at, subnet, segment, gateway6);
     let lease = parse(p, &at("lease"), lease).unwrap_or(extras::Lease::Full);
     let guard = guard.map(|g| Box::new(extras::resolve_guard(p, &at("guard"), g)));
     let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
     let tx_limit = tx_limit.and_then(|limit| resolve_rate(p, &at("tx_limit"), limit));
     let (name, network) = (name?, network?);
-    Some(Nic { name, network, model, mac, address, subnet, lease, guard, rx_limit, tx_limit })
+    Some(Nic {
+        name,
+        network,
+        model,
+        mac,
+        address,
+        subnet,
+        segment,
+        lease,
+        guard,
+        rx_limit,
+        tx_limit,
+    })
 }
 
 fn resolve_rate(p: &mut Problems, at: &str, draft: RateLimitDraft) -> Option<RateLimit> {

@@ -173,6 +173,18 @@ pub enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
         words: Vec<String>,
     },
+    /// Speak xcluster's xc; the same as calling this program by that name.
+    #[command(disable_help_flag = true)]
+    Xc {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
+        words: Vec<String>,
+    },
+    /// Speak xcluster's xcadmin; the same as calling this program by that name.
+    #[command(disable_help_flag = true)]
+    Xcadmin {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
+        words: Vec<String>,
+    },
     /// Completions for a shell.
     #[command(after_help = "Example:\n  lodge completions bash > /etc/bash_completion.d/lodge")]
     Completions { shell: String },

@@ -204,7 +204,9 @@ fn pack_xattrs(list: &[(String, Vec<u8>)]) -> Option<Vec<u8>> {
     const AREA: usize = INODE_SIZE as usize - 160;
     // Access control lists have another form on disk; the permission bits stand in for them.
     let known = |name: &str| {
-        XATTR_PREFIXES.iter().find_map(|(p, index)| Some((*index, name.strip_prefix(p)?.to_owned())))
+        XATTR_PREFIXES
+            .iter()
+            .find_map(|(p, index)| Some((*index, name.strip_prefix(p)?.to_owned())))
     };
     let known = |(name, value): &(String, Vec<u8>)| Some((known(name)?, value.clone()));
     let mut sorted: Vec<((u8, String), Vec<u8>)> = list.iter().filter_map(known).collect();

@@ -63,8 +63,7 @@ impl<R: Read + Seek> Reader<R> {
 
     fn entry(&mut self, cluster: u64) -> io::Result<u64> {
         let per_table = 1_u64 << (self.bits - 3);
-        let (number, within) =
-            ((cluster / per_table) as usize, (cluster % per_table) as usize);
+        let (number, within) = ((cluster / per_table) as usize, (cluster % per_table) as usize);
         if let Some((loaded, entries)) = &self.table
             && *loaded == number
         {

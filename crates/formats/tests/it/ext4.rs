@@ -205,7 +205,10 @@ fn what_the_reference_tool_makes_is_read() {
     {
         let path = dir.path().join(format!("{style}-{block}"));
         std::fs::File::create(&path).unwrap().set_len(48 << 20).unwrap();
-        let made = tool("mke2fs", &["-q", "-t", style, "-b", block, "-d", root.to_str().unwrap(), path.to_str().unwrap()]);
+        let made = tool(
+            "mke2fs",
+            &["-q", "-t", style, "-b", block, "-d", root.to_str().unwrap(), path.to_str().unwrap()],
+        );
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let mut input = std::fs::File::open(&path).unwrap();
         let tree = read::read(&mut input).unwrap().tree;

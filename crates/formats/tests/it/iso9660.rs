@@ -55,8 +55,7 @@ fn the_reference_tool_reads_every_form() {
 #[test]
 fn names_that_do_not_fit_are_refused() {
     for name in ["", "a/b", &"x".repeat(129)] {
-        let file =
-            File { name: name.to_owned(), mode: 0o644, size: 0, contents: std::io::empty() };
+        let file = File { name: name.to_owned(), mode: 0o644, size: 0, contents: std::io::empty() };
         assert!(write(std::io::sink(), "x", vec![file]).is_err(), "{name:?}");
     }
 }

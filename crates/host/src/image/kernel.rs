@@ -16,6 +16,8 @@ pub struct Kernel {
     /// What the hypervisor loads: the file itself, or the ELF unpacked from it.
     pub path: PathBuf,
     pub pvh: bool,
+    /// It says itself that it finds devices on a board without PCI.
+    pub virtio_mmio: bool,
     /// What is loaded is an ELF file.
     pub elf: bool,
     /// The unpacked file is not there yet.
@@ -39,11 +41,13 @@ pub fn look(path: &Path, cache: &Path) -> Result<Kernel, String> {
     }
     if kept("pvh").exists() {
         let path = if kind == sniff::Kind::Elf { path.to_owned() } else { kept("pvh") };
-        return Ok(Kernel { path, pvh: true, elf: true, to_unpack: false });
+        let virtio_mmio = kept("mmio").exists();
+        return Ok(Kernel { path, pvh: true, virtio_mmio, elf: true, to_unpack: false });
     }
     let known_not = kept("plain").exists();
     let elf = kind == sniff::Kind::Elf;
-    Ok(Kernel { path: path.to_owned(), pvh: false, elf, to_unpack: !known_not })
+    let path = path.to_owned();
+    Ok(Kernel { path, pvh: false, virtio_mmio: false, elf, to_unpack: !known_not })
 }
 
 /// Unpacks a kernel that was never seen before and remembers what it is.
@@ -69,6 +73,15 @@ pub fn unpack(path: &Path, cache: &Path) -> Result<(), String> {
         (true, None) => ("pvh", &[][..]),
         (false, _) => ("plain", &[][..]),
     };
+    let config = kernel::config(elf.as_deref().unwrap_or(&bytes)).unwrap_or_default();
+    let set = |symbol: &str| config.lines().any(|line| line == format!("CONFIG_{symbol}=y"));
+    if ["VIRTIO_MMIO", "VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK", "VIRTIO_NET"]
+        .into_iter()
+        .all(set)
+    {
+        // Before the file that says that all is known.
+        paths::write_atomically(&dir.join(format!("{key}.mmio")), &[]).map_err(error)?;
+    }
     let target = dir.join(format!("{key}.{suffix}"));
     paths::write_atomically(&target, content).map_err(error)
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 
-use lodge_spec::machine::Protocol;
+use lodge_spec::machine::{Protocol, Segment};
 use lodge_spec::state::Traffic;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -32,6 +32,15 @@ pub(crate) enum NetAsk {
         address: SocketAddr,
         protocol: Protocol,
     },
+    /// Stay although nobody is attached, or no longer.
+    Hold {
+        stay: bool,
+    },
+    /// Make a segment, with the address of its router.
+    Segment {
+        segment: Segment,
+        gateway: Option<(Ipv4Addr, u8)>,
+    },
     /// End if nobody is attached.
     Leave,
 }
@@ -44,6 +53,7 @@ pub(crate) enum Notice {
     /// The socket comes with it.
     Dialled,
     Guarded,
+    Done,
     Counted {
         traffic: Traffic,
     },

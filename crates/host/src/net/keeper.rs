@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use lodge_spec::machine::Protocol;
+use lodge_spec::machine::{Protocol, Segment};
 use lodge_spec::names::{Mac, NetName};
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc};
@@ -20,6 +20,7 @@ use super::dhcp::{self, Place};
 use super::gateways::Gateways;
 use super::names::{World, enter};
 use super::plan::{BRIDGE, METADATA, NetPlan};
+use super::segments::{self, Segments};
 use super::{dns, guard, names, setup, tap};
 use crate::backend::Tap;
 use crate::fdpass::{self, Lines};
@@ -45,6 +46,10 @@ struct Network {
     leaving: Cell<bool>,
     /// Routers that machines count on and that are not of the plan.
     gateways: RefCell<Gateways>,
+    segments: Segments,
+    /// Asked to stay although nobody is attached.
+    held: Cell<bool>,
+    world: Rc<World>,
 }
 
 impl Network {
@@ -128,14 +133,12 @@ async fn serve(
         left: Notify::new(),
         leaving: Cell::new(false),
         gateways: RefCell::default(),
+        segments: Segments::default(),
+        held: Cell::new(false),
+        world: world.clone(),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
-    let members = network.clone();
-    let find: names::Find = Rc::new(move |name: &str| {
-        let members = members.members.borrow();
-        let found = members.values().find(|m| m.place.hostname.eq_ignore_ascii_case(name));
-        found.map(|m| m.place.address)
-    });
+    let find = finder(&network);
     tokio::task::spawn_local(names::serve_tcp(world.clone(), find.clone(), streams));
     tokio::task::spawn_local(names::serve_udp(world, find, udp, outside));
     let mut stdout = std::io::stdout();
@@ -152,7 +155,7 @@ async fn serve(
                 tokio::task::spawn_local(converse(network.clone(), stream));
             }
             () = network.changed.notified() => {}
-            () = tokio::time::sleep(IDLE), if idle => return Ok(()),
+            () = tokio::time::sleep(IDLE), if idle && !network.held.get() => return Ok(()),
         }
     }
 }
@@ -189,8 +192,24 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
                     return;
                 }
             }
+            NetAsk::Hold { stay } => {
+                network.held.set(stay);
+                network.changed.notify_one();
+                if fdpass::send(&stream, &Notice::Done, None).await.is_err() {
+                    return;
+                }
+            }
+            NetAsk::Segment { segment, gateway } => {
+                let notice = match ensure_segment(&network, segment, gateway).await {
+                    Ok(()) => Notice::Done,
+                    Err(why) => Notice::Refused { why },
+                };
+                if fdpass::send(&stream, &notice, None).await.is_err() {
+                    return;
+                }
+            }
             NetAsk::Leave => {
-                network.leaving.set(true);
+                network.leaving.set(!network.held.get());
                 network.changed.notify_one();
             }
         }
@@ -199,7 +218,7 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 
 /// A machine's interface, for as long as its warden holds the connection.
 async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
-    let Tap { interface, mac, address, subnet, lease, opened_by, .. } = tap.clone();
+    let Tap { interface, mac, address, subnet, segment, lease, opened_by, .. } = tap.clone();
     let interface = interface.as_str();
     let (hostname, resolvers) = (tap.hostname.clone(), tap.resolvers.clone());
     let place = Place { address, subnet, lease, hostname, resolvers };
@@ -215,9 +234,16 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     if tokio::time::timeout(HANDOVER, free).await.is_err() {
         return refuse(format!("{mac} or {} is already on the network", place.address)).await;
     }
+    let bridge = segment.map_or_else(|| BRIDGE.to_owned(), |s| segments::bridge(s.number));
+    if let Some(segment) = segment {
+        let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
+        if let Err(why) = ensure_segment(&network, segment, gateway).await {
+            return refuse(format!("segment {}: {why}", segment.number)).await;
+        }
+    }
     let made = match opened_by {
-        None => tap::make(interface),
-        Some(user) => tap::make_for(interface, user)
+        None => tap::make(interface, &bridge),
+        Some(user) => tap::make_for(interface, &bridge, user)
             .and_then(|()| std::fs::File::open("/proc/self/ns/net").map(OwnedFd::from)),
     };
     let fd = match made {
@@ -234,7 +260,8 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     }
     // Where no machine is the router itself.
     let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
-    let gateway = gateway.filter(|(gateway, _)| !network.holds(mac, *gateway));
+    let common = |gateway: &(Ipv4Addr, u8)| segment.is_none() && !network.holds(mac, gateway.0);
+    let gateway = gateway.filter(common);
     if let Some((gateway, prefix)) = gateway {
         network.gateways.borrow_mut().take(gateway, prefix);
     }
@@ -269,6 +296,29 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();
     network.left.notify_waiters();
+}
+
+/// By what name a member is found: the address of its first segment.
+fn finder(network: &Rc<Network>) -> names::Find {
+    let network = network.clone();
+    Rc::new(move |name: &str| {
+        let members = network.members.borrow();
+        let named = members.values().filter(|m| m.place.hostname.eq_ignore_ascii_case(name));
+        named.map(|m| m.place.address).min()
+    })
+}
+
+async fn ensure_segment(
+    network: &Rc<Network>,
+    segment: Segment,
+    gateway: Option<(Ipv4Addr, u8)>,
+) -> Result<(), String> {
+    let listeners = network.segments.ensure(segment, gateway).await.map_err(|e| e.to_string())?;
+    for listener in listeners {
+        let (world, find) = (network.world.clone(), finder(network));
+        tokio::task::spawn_local(names::serve_tcp(world, find, listener));
+    }
+    Ok(())
 }
 
 async fn dial(address: SocketAddr, protocol: Protocol) -> std::io::Result<OwnedFd> {

@@ -83,10 +83,10 @@ impl NetPlan {
     }
 }
 
-/// The tap interface of a machine: the machine's identity and the interface's number.
+/// The tap interface of a machine: the machine's identity and the end of the interface's address.
 pub fn tap_name(id: lodge_spec::names::MachineId, mac: Mac) -> String {
-    let [.., last] = mac.0;
-    format!("t{}{last:02x}", id.short())
+    let [.., before, last] = mac.0;
+    format!("t{}{before:02x}{last:02x}", id.short())
 }
 
 #[cfg(test)]

@@ -111,7 +111,7 @@ fn table(plan: &NetPlan) -> String {
     format!("lodge_{}", plan.host_interface.replace('-', "_"))
 }
 
-async fn ip(batch: &str) -> Result<(), SetupError> {
+pub(super) async fn ip(batch: &str) -> Result<(), SetupError> {
     let program = find_program("ip").ok_or(SetupError::Missing("ip", "iproute2"))?;
     Ok(Tool::new(program).args(["-batch", "-"]).feed(batch.as_bytes()).await?)
 }

@@ -6,8 +6,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use lodge_spec::state::Traffic;
 
-use super::plan::BRIDGE;
-
 const SIOCSIFFLAGS: libc::c_ulong = 0x8914;
 const SIOCGIFINDEX: libc::c_ulong = 0x8933;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
@@ -59,8 +57,8 @@ pub(crate) fn traffic(table: &str, name: &str) -> Traffic {
 }
 
 /// A new tap that a user may open by its name. It stays until `remove`.
-pub(crate) fn make_for(name: &str, user: u32) -> io::Result<()> {
-    let tap = make(name)?;
+pub(crate) fn make_for(name: &str, bridge: &str, user: u32) -> io::Result<()> {
+    let tap = make(name, bridge)?;
     let value = |n: u32| n as usize as *mut libc::c_void;
     ioctl(tap.as_raw_fd(), TUNSETOWNER, value(user))?;
     ioctl(tap.as_raw_fd(), TUNSETPERSIST, value(1))
@@ -80,8 +78,8 @@ fn open(name: &str) -> io::Result<File> {
     Ok(tun)
 }
 
-/// A new tap on the network's bridge. It goes when the last copy of the descriptor closes.
-pub(crate) fn make(name: &str) -> io::Result<OwnedFd> {
+/// A new tap on a bridge. It goes when the last copy of the descriptor closes.
+pub(crate) fn make(name: &str, bridge: &str) -> io::Result<OwnedFd> {
     let tun = open(name)?;
     let mut header = VNET_HEADER;
     ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, (&raw mut header).cast())?;
@@ -92,7 +90,7 @@ pub(crate) fn make(name: &str) -> io::Result<OwnedFd> {
     ioctl(socket, SIOCGIFINDEX, (&raw mut index).cast())?;
     // SAFETY: the call above has just filled this member.
     let number = unsafe { index.ifr_ifru.ifru_ifindex };
-    let mut bridge = request(BRIDGE)?;
+    let mut bridge = request(bridge)?;
     bridge.ifr_ifru.ifru_ifindex = number;
     ioctl(socket, SIOCBRADDIF, (&raw mut bridge).cast())?;
     let mut up = request(name)?;

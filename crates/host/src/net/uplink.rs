@@ -7,12 +7,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use lodge_spec::names::NetName;
+use lodge_spec::request::NetworkAsk;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::client::{self, NetAsk};
+use super::client::{self, NetAsk, Notice};
 use super::plan::NetPlan;
-use crate::fdpass;
+use crate::fdpass::{self, Lines};
 use crate::paths::{self, find_program};
 use crate::proc::Tool;
 
@@ -73,6 +74,26 @@ async fn carry_packets(plan: &NetPlan, pid: u32, exit: io::PipeReader) -> Result
     let mut child = command.spawn().map_err(|e| tool.start_error(e).to_string())?;
     tokio::spawn(async move { child.wait().await });
     Ok(())
+}
+
+/// Asks something of a network, made where it is not there yet; a process that lives in it.
+pub async fn ask(dir: &Path, name: &NetName, what: NetworkAsk) -> Result<u32, String> {
+    let text = |e: io::Error| format!("network {name}: {e}");
+    if what != (NetworkAsk::Hold { stay: false }) {
+        ensure(dir, name).await?;
+    }
+    let stream = UnixStream::connect(client::socket(dir)).await.map_err(text)?;
+    let pid = stream.peer_cred().map_err(text)?.pid().unwrap_or(0);
+    let ask = match what {
+        NetworkAsk::Hold { stay } => NetAsk::Hold { stay },
+        NetworkAsk::Segment { segment, gateway } => NetAsk::Segment { segment, gateway },
+    };
+    fdpass::send(&stream, &ask, None).await.map_err(text)?;
+    match Lines::default().next(&stream).await.map_err(text)? {
+        Some((Notice::Done, _)) => Ok(pid as u32),
+        Some((Notice::Refused { why }, _)) => Err(format!("network {name}: {why}")),
+        Some(_) | None => Err(format!("network {name}: its keeper says nothing")),
+    }
 }
 
 /// Asks the keeper to end if nobody is attached. True: it was there.

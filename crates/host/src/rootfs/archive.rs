@@ -171,6 +171,21 @@ impl Layer {
         Self::take(&self.name, Cursor::new(out.into_inner().map_err(text)?))
     }
 
+    /// Packs the archive into a file, whole or not at all.
+    pub fn pack(&self, path: &Path) -> Result<(), String> {
+        let text = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(dir).map_err(|e| text(&e))?;
+        let part = tempfile::Builder::new().prefix(".part-").tempfile_in(dir);
+        let part = part.map_err(|e| text(&e))?;
+        let options = lzma_rust2::XzOptions::with_preset(6);
+        let out = io::BufWriter::new(part.as_file());
+        let mut packed = lzma_rust2::XzWriter::new(out, options).map_err(|e| text(&e))?;
+        io::copy(&mut self.stream(), &mut packed).map_err(|e| text(&e))?;
+        packed.finish().and_then(|mut out| out.flush()).map_err(|e| text(&e))?;
+        part.persist(path).map(drop).map_err(|e| text(&e))
+    }
+
     /// The archive itself.
     pub fn stream(&self) -> impl Read {
         At { file: self.file.clone(), at: 0 }

@@ -38,7 +38,8 @@ impl Content {
             Content::Bytes(bytes) => Opened::Bytes(Cursor::new(bytes.clone())),
             Content::Within(file, at) => Opened::Within(file.clone(), *at),
             Content::Path(path) => {
-                let error = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+                let error =
+                    |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
                 Opened::File(File::open(path).map_err(error)?)
             }
             Content::Pieces(disk, pieces) => {

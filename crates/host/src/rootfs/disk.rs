@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use lodge_formats::ext4::{self, Style, Summary};
+pub use lodge_formats::ext4::Style;
+use lodge_formats::ext4::{self, Summary};
 use lodge_formats::qcow2::volume;
 use lodge_formats::sniff::{self, Kind};
 use lodge_formats::tree::Tree;

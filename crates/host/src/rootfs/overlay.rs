@@ -263,11 +263,8 @@ mod tests {
         make("cache/default/b.tar.xz", 0o644);
         make("cache/x/b.tar.xz", 0o644);
         let at = |path: &str| dir.path().join(path);
-        let mut search = Search {
-            path: vec![at("one"), at("two")],
-            cache: at("cache"),
-            setup: Vec::new(),
-        };
+        let mut search =
+            Search { path: vec![at("one"), at("two")], cache: at("cache"), setup: Vec::new() };
         let resolve = |s: &Search, w: &str| s.resolve(w, Purpose::Cdrom);
         assert_eq!(resolve(&search, "a"), Ok(Found::Program(at("one/a"))));
         assert_eq!(resolve(&search, "b"), Ok(Found::Cached(at("cache/default/b.tar.xz"))));
@@ -278,7 +275,10 @@ mod tests {
         assert_eq!(resolve(&search, "odd"), Err(odd));
         let here = at("two/a").display().to_string();
         assert_eq!(resolve(&search, &here), Ok(Found::Program(at("two/a"))));
-        assert_eq!(search.resolve(&at("cache").display().to_string(), Purpose::Image), Ok(Found::Folder(at("cache"))));
+        assert_eq!(
+            search.resolve(&at("cache").display().to_string(), Purpose::Image),
+            Ok(Found::Folder(at("cache")))
+        );
         assert_eq!(label(&Found::Cached(at("cache/x/b.tar.xz"))), "b");
     }
 }

@@ -349,6 +349,7 @@ fn watch_network(
                 | Notice::Dialled
                 | Notice::Counted { .. }
                 | Notice::Guarded
+                | Notice::Done
                 | Notice::Refused { .. } => {}
             }
         }

@@ -1,0 +1,61 @@
+//! Images of cluster nodes: made from a base, extended with overlays. Each says of what it was made.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lodge_formats::ext4::Summary;
+use lodge_jail::script;
+
+use super::archive::Layer;
+use super::base::Base;
+use super::disk::{Lock, Make, read};
+use super::epoch;
+use super::provenance::{self, Made};
+
+/// What was made.
+pub struct New {
+    pub summary: Summary,
+    /// Libraries in the image, as absolute paths.
+    pub libraries: Vec<String>,
+}
+
+/// Makes an image from a base, in the place of whatever is there. The identity in `make` is
+/// replaced by one that follows from the contents.
+pub fn make(path: &Path, base: &Base, mut make: Make) -> Result<New, String> {
+    let mut tree = base.tree(epoch())?;
+    let (sha256, bytes, entries) = provenance::digest(&tree)?;
+    let layers = [Made { name: "base".into(), sha256, bytes, entries }];
+    make.uuid = provenance::put(&mut tree, &layers, epoch())?;
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    }
+    let summary = Lock::take(path)?.write(&tree, &make)?;
+    let paths = tree.walk().into_iter().map(|(path, _)| path);
+    let libraries = paths.filter(|p| p.starts_with("lib") && p.contains(".so"));
+    Ok(New { summary, libraries: libraries.map(|p| format!("/{p}")).collect() })
+}
+
+/// Lays layers over an image, which stays as it is if anything goes wrong. The calling thread
+/// reads foreign bytes for that: from then on it writes only beside the image and to `writable`.
+pub fn extend(
+    path: &Path,
+    layers: &[Layer],
+    mut writable: Vec<PathBuf>,
+) -> Result<Summary, String> {
+    let lock = Lock::take(path)?;
+    writable.extend(lock.path.parent().map(Path::to_owned));
+    script::write_only(&writable).map_err(|e| e.to_string())?;
+    let mut found = read(&lock.path)?;
+    let mut made = provenance::of(&found.tree);
+    for layer in layers {
+        layer.lay_into(&mut found.tree, epoch())?;
+        made.push(Made::from(layer));
+    }
+    found.make.uuid = provenance::put(&mut found.tree, &made, epoch())?;
+    lock.write(&found.tree, &found.make)
+}
+
+/// Of what an image says that it was made. Empty for those that do not say.
+pub fn layers(path: &Path) -> Result<Vec<Made>, String> {
+    read(path).map(|found| provenance::of(&found.tree))
+}
