@@ -64,8 +64,12 @@ fn payload(image: &[u8]) -> Result<&[u8], Error> {
     let length = u32::from_le_bytes(array(image, 0x24c)?) as usize;
     let start = (sectors + 1) * 512 + offset;
     let payload = image.get(start..start.saturating_add(length)).ok_or(Error::Short)?;
-    // The last four bytes are the unpacked size, not part of the packed stream.
-    payload.get(..payload.len().saturating_sub(4)).ok_or(Error::Short)
+    match payload {
+        // It ends with the unpacked size by itself.
+        [0x1f, 0x8b, ..] => Ok(payload),
+        // The last four bytes are the unpacked size, not part of the packed stream.
+        _ => payload.get(..payload.len().saturating_sub(4)).ok_or(Error::Short),
+    }
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], Error> {
@@ -148,13 +152,14 @@ mod tests {
 
     /// A bzImage around `packed`, as the boot protocol lays it out.
     fn bz_image(packed: &[u8]) -> Vec<u8> {
+        let size: &[u8] = if packed.starts_with(&[0x1f, 0x8b]) { &[] } else { &[0; 4] };
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;
         image[0x202..0x206].copy_from_slice(b"HdrS");
         image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-        image[0x24c..0x250].copy_from_slice(&(packed.len() as u32 + 4).to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&((packed.len() + size.len()) as u32).to_le_bytes());
         image.extend_from_slice(packed);
-        image.extend_from_slice(&[0; 4]);
+        image.extend_from_slice(size);
         image
     }
 

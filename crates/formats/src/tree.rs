@@ -291,7 +291,15 @@ impl<C> Tree<C> {
         found.ok_or_else(|| Error::new(path, format!("links to {target}, which is no file")))
     }
 
-    /// Takes a name away, and its directory with it if that is empty.
+    /// Takes a file's name away, if it is there.
+    pub fn forget(&mut self, path: &str) {
+        if self.get(path).is_some_and(|node| !node.is_directory()) {
+            // A file has nothing below it.
+            let _ = self.remove(path);
+        }
+    }
+
+    /// Takes a name away; a directory's only if it is empty.
     fn remove(&mut self, path: &str) -> Result<(), Error> {
         let index = self.by_path[path];
         if self.children.get(path).is_some_and(|below| !below.is_empty()) {

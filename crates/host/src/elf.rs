@@ -34,6 +34,12 @@ pub fn closure(programs: &[PathBuf]) -> io::Result<Vec<PathBuf>> {
     Ok(found.into_iter().collect())
 }
 
+/// Whether a program brings everything with it. One that cannot be read does not.
+pub fn is_static(program: &Path) -> bool {
+    let bytes = fs::read(program).unwrap_or_default();
+    Elf::parse(&bytes).is_ok_and(|elf| elf.interpreter.is_none())
+}
+
 /// The loader's folders: those of `/etc/ld.so.conf`, then the fixed ones.
 fn library_folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();

@@ -303,6 +303,15 @@ impl Build {
                 let _ = fs::remove_file(dir.path().join(link));
             }
         }
+        // Guests that find this done need not do it at every start.
+        if let (Some(depmod), Ok(dirs)) =
+            (find_program("depmod"), fs::read_dir(modules.join("lib/modules")))
+        {
+            for dir in dirs.flatten() {
+                let tool = Tool::new(&depmod).arg("-b").arg(&modules).arg(dir.file_name());
+                quietly(&tool, "listing the modules")?;
+            }
+        }
         for (from, name) in
             [("arch/x86/boot/bzImage", "bzImage"), ("vmlinux", "vmlinux"), (".config", "config")]
         {

@@ -124,6 +124,7 @@ const OPTIONS: &[&str] = &[
     "ntesters",
     "nvm",
     "ovldir",
+    "pace",
     "quiet",
     "size",
     "smp",

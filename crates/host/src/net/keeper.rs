@@ -313,10 +313,16 @@ async fn ensure_segment(
     segment: Segment,
     gateway: Option<(Ipv4Addr, u8)>,
 ) -> Result<(), String> {
-    let listeners = network.segments.ensure(segment, gateway).await.map_err(|e| e.to_string())?;
-    for listener in listeners {
+    let servers = network.segments.ensure(segment, gateway).await.map_err(|e| e.to_string())?;
+    for address in servers {
         let (world, find) = (network.world.clone(), finder(network));
-        tokio::task::spawn_local(names::serve_tcp(world, find, listener));
+        // Without names a net is still a net.
+        if let Ok(listener) = TcpListener::bind(address).await {
+            tokio::task::spawn_local(names::serve_tcp(world.clone(), find.clone(), listener));
+        }
+        if let (Ok(inside), Ok(outside)) = (UdpSocket::bind(address).await, world.udp_socket()) {
+            tokio::task::spawn_local(names::serve_udp(world, find, inside, outside));
+        }
     }
     Ok(())
 }

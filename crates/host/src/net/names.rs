@@ -50,6 +50,22 @@ impl World {
         made
     }
 
+    /// The same for packets.
+    pub(super) fn udp_socket(&self) -> io::Result<UdpSocket> {
+        let make = || std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0));
+        let made = match &self.namespaces {
+            None => make(),
+            Some((host, own)) => {
+                enter(host);
+                let made = make();
+                enter(own);
+                made
+            }
+        }?;
+        made.set_nonblocking(true)?;
+        UdpSocket::from_std(made)
+    }
+
     /// A connection to the first resolver that takes one.
     async fn dial(&self) -> io::Result<TcpStream> {
         let mut last = io::ErrorKind::NotConnected.into();

@@ -6,10 +6,9 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use lodge_spec::machine::Segment;
-use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 
-use super::setup::{SetupError, ip};
+use super::setup::{SetupError, ask_often, ip};
 
 /// Where names are asked for: as everywhere, and where cluster nodes' own servers forward to.
 const NAME_PORTS: [u16; 2] = [53, 10053];
@@ -23,12 +22,12 @@ pub(super) fn bridge(number: u8) -> String {
 }
 
 impl Segments {
-    /// Makes sure that a segment is there; gives back where names are to be answered if it is new.
+    /// Makes sure that a segment is there; gives back where names are to be asked for if it is new.
     pub(super) async fn ensure(
         &self,
         segment: Segment,
         gateway: Option<(Ipv4Addr, u8)>,
-    ) -> Result<Vec<TcpListener>, SetupError> {
+    ) -> Result<Vec<SocketAddr>, SetupError> {
         let Segment { number, gateway6 } = segment;
         let mut known = self.0.lock().await;
         if known.contains(&number) {
@@ -47,16 +46,9 @@ impl Segments {
         }
         batch += &format!("link set {bridge} up\n");
         ip(&batch).await?;
+        ask_often(&bridge);
         known.insert(number);
-        let mut listeners = Vec::new();
-        for port in gateway.iter().flat_map(|_| NAME_PORTS) {
-            let address = gateway.map(|(address, _)| SocketAddr::from((address, port)));
-            if let Some(address) = address
-                && let Ok(listener) = TcpListener::bind(address).await
-            {
-                listeners.push(listener);
-            }
-        }
-        Ok(listeners)
+        let address = gateway.map(|(address, _)| address);
+        Ok(address.iter().flat_map(|a| NAME_PORTS.map(|p| SocketAddr::from((*a, p)))).collect())
     }
 }

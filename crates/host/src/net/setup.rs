@@ -71,9 +71,17 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
     rules += " }\n}\n";
     rules += guard::TABLE;
     ip(&batch).await?;
+    ask_often(BRIDGE);
     nft(&rules).await?;
     let forward = Path::new("/proc/sys/net/ipv4/ip_forward");
     fs::write(forward, "1").map_err(|e| SetupError::Step("turning on forwarding", e))
+}
+
+/// Neighbours that were just started are asked for often: a second is long for them.
+pub(super) fn ask_often(interface: &str) {
+    let path = format!("/proc/sys/net/ipv4/neigh/{interface}/retrans_time_ms");
+    // Without it they are found a little later.
+    let _ = fs::write(path, "100");
 }
 
 /// The host's end of the link: an address, masquerading, and no way in but answers.

@@ -4,10 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lodge_formats::ext4::Summary;
+use lodge_formats::tree::Tree;
 use lodge_jail::script;
 
 use super::archive::Layer;
 use super::base::Base;
+use super::content::Content;
 use super::disk::{Lock, Make, read};
 use super::epoch;
 use super::provenance::{self, Made};
@@ -47,9 +49,19 @@ pub fn extend(
     script::write_only(&writable).map_err(|e| e.to_string())?;
     let mut found = read(&lock.path)?;
     let mut made = provenance::of(&found.tree);
+    let modules = |tree: &Tree<Content>| -> Vec<String> {
+        let paths = tree.walk().into_iter().map(|(path, _)| path);
+        paths.filter(|p| p.starts_with("lib/modules/") && p.contains(".ko")).collect()
+    };
+    let before = modules(&found.tree);
     for layer in layers {
         layer.lay_into(&mut found.tree, epoch())?;
         made.push(Made::from(layer));
+    }
+    if modules(&found.tree) != before {
+        // Guests find out by themselves what there is now.
+        let dirs: Vec<String> = found.tree.children("lib/modules").map(|(n, _)| n.into()).collect();
+        dirs.iter().for_each(|n| found.tree.forget(&format!("lib/modules/{n}/modules.dep")));
     }
     found.make.uuid = provenance::put(&mut found.tree, &made, epoch())?;
     lock.write(&found.tree, &found.make)

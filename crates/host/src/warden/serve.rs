@@ -360,15 +360,18 @@ fn watch_network(
 
 /// There is no event for a port that opens in a guest; asking again is all there is.
 async fn await_port(shared: Rc<Shared>, guest: Guest) {
-    let mut pause = Duration::from_millis(50);
+    const PAUSE: Duration = Duration::from_millis(100);
+    // A guest that is not there yet does not answer, and a lost first packet is sent again only
+    // after a second: so the first attempts are short, and later ones patient.
+    let mut patience = Duration::from_millis(200);
     loop {
-        let dialled = tokio::time::timeout(Duration::from_secs(5), forward::dial(&guest)).await;
+        let dialled = tokio::time::timeout(patience, forward::dial(&guest)).await;
         if matches!(dialled, Ok(Ok(_))) {
             shared.ready();
             return;
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(400));
+        tokio::time::sleep(PAUSE).await;
+        patience = (patience * 11 / 10).min(Duration::from_secs(5));
     }
 }
 

@@ -21,7 +21,7 @@ const USEFUL: &[(&str, &str)] = &[
     ("flex", "flex"),
     ("bison", "bison"),
     ("bc", "bc"),
-    ("busybox", "busybox-static"),
+    ("busybox", "busybox"),
     ("dropbear", "dropbear-bin"),
     ("tcpdump", "tcpdump"),
     ("strace", "strace"),

@@ -190,6 +190,10 @@ impl Session {
 
     /// How many may boot at once: where guests are emulated, as many as there are cores.
     async fn pace(&self) -> Result<usize> {
+        let own = self.settings.number("__pace", 0).map_err(|why| anyhow!(why))?;
+        if own > 0 {
+            return Ok(own as usize);
+        }
         let mut client = self.client().await?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let Reply::Document { value } = ask(&mut client, Request::Doctor).await? else {
@@ -305,9 +309,15 @@ impl Session {
                 // One that does not listen is ended below.
                 let _ = client.ask(&stop).await?;
             }
-            match client.ask(&Request::Remove { target, force: true }).await? {
-                Ok(_) | Err(Refusal::NotFound { .. }) => Ok(()),
-                Err(refusal) => Err(refusal.into()),
+            let Err(refusal) =
+                client.ask(&Request::Remove { target: target.clone(), force: true }).await?
+            else {
+                return Ok(());
+            };
+            // It may just have gone by itself.
+            match client.ask(&Request::Fetch { target }).await? {
+                Err(Refusal::NotFound { .. }) => Ok(()),
+                Ok(_) | Err(_) => Err(refusal.into()),
             }
         };
         let mut ending: FuturesUnordered<_> = machines.iter().map(one).collect();

@@ -82,7 +82,7 @@ impl Session {
             list.push(Program { target, source });
             Ok(())
         };
-        add("bin/busybox", &bb, "busybox", "busybox-static")?;
+        add("bin/busybox", &bb, "busybox", "busybox")?;
         add("bin/dropbear", &dropbear.join("dropbear"), "dropbear", "dropbear-bin")?;
         add("bin/dbclient", &dropbear.join("dbclient"), "dbclient", "dropbear-bin")?;
         add("bin/dropbearkey", &dropbear.join("dropbearkey"), "dropbearkey", "dropbear-bin")?;
@@ -112,7 +112,9 @@ impl Session {
 
     /// A program of a Debian package: the installed one, else the package is fetched and kept.
     fn from_debian(&self, name: &str, package: &str) -> Result<PathBuf> {
-        if let Some(path) = find_program(name) {
+        // The static busybox of the host runs its own commands before those of other packages.
+        let own = find_program(name);
+        if let Some(path) = own.filter(|p| name != "busybox" || !lodge_host::elf::is_static(p)) {
             return Ok(path);
         }
         let kept = self.settings.path("XCLUSTER_HOME").join("packages").join(package);
