@@ -31,6 +31,9 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Completions { shell } => return completions(shell),
         Verb::Man { folder } => return man(folder),
         Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
+        Verb::Cluster(verb) => return xcluster::native::cluster(verb),
+        Verb::Kernel(verb) => return xcluster::native::kernel(verb),
+        Verb::Image(Image::Inspect { name }) if name.contains('/') => return layers(name),
         Verb::Xc { words } => return xcluster::main(words),
         Verb::Xcadmin { words } => return xcluster::admin(words),
         Verb::Schema => return print(&document::schema_text()),
@@ -172,6 +175,8 @@ impl Session {
             Verb::Serve(_)
             | Verb::Vmadm { .. }
             | Verb::Xc { .. }
+            | Verb::Cluster(_)
+            | Verb::Kernel(_)
             | Verb::Xcadmin { .. }
             | Verb::Completions { .. }
             | Verb::Man { .. }
@@ -521,6 +526,12 @@ fn condition(until: Until) -> Option<Condition> {
 
 fn flags(machine: MachineFlags, image: Option<String>) -> Result<Draft> {
     machine.draft(image).map_err(|e| anyhow!(e))
+}
+
+/// What an image in a file says of what it was made.
+fn layers(path: &str) -> Result<ExitCode> {
+    let layers = lodge_host::rootfs::image::layers(Path::new(path)).map_err(|why| anyhow!(why))?;
+    print_json(&json!({ "path": path, "layers": layers }))
 }
 
 fn read_document(path: &Path) -> Result<Draft> {

@@ -3,6 +3,7 @@
 mod admin;
 mod cluster;
 mod images;
+pub(crate) mod native;
 mod nets;
 mod programs;
 mod remote;
@@ -56,9 +57,7 @@ fn carry_out(commands: &'static [grammar::Command], words: &[String]) -> Result<
         print(&grammar::help(program, commands))?;
         return Ok(0);
     };
-    let env = std::env::vars_os()
-        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    let settings = Settings::new(env, line.options.clone(), &callback()?, &shared()?);
+    let settings = Settings::new(environment(), line.options.clone(), &callback()?, &shared()?);
     let session = Session { line, settings };
     match session.line.command.name {
         "env" => print(&session.settings.lines()).map(|()| 0),
@@ -84,6 +83,11 @@ fn carry_out(commands: &'static [grammar::Command], words: &[String]) -> Result<
             runtime.block_on(session.with_machines())
         }
     }
+}
+
+/// Variables that are text; others cannot be told to anybody.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
 }
 
 impl Session {

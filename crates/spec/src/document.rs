@@ -34,6 +34,11 @@ pub fn schema_text() -> String {
     text
 }
 
+/// A document of another kind as plain values.
+pub fn value(text: &str) -> Result<Value, Problem> {
+    to_value(text)
+}
+
 fn to_value(text: &str) -> Result<Value, Problem> {
     if text.len() > MAX_DOCUMENT {
         return Err(Problem::new("", "the document is larger than 4 MiB"));

@@ -173,6 +173,12 @@ pub enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
         words: Vec<String>,
     },
+    /// Clusters of machines from one image.
+    #[command(subcommand)]
+    Cluster(ClusterVerb),
+    /// Kernels for machines.
+    #[command(subcommand)]
+    Kernel(KernelVerb),
     /// Speak xcluster's xc; the same as calling this program by that name.
     #[command(disable_help_flag = true)]
     Xc {
@@ -208,6 +214,54 @@ pub enum Until {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum ClusterVerb {
+    /// Start the cluster that a file describes, anew where it runs; ends when all answer.
+    #[command(after_help = "Example:\n  lodge cluster start lab.yaml")]
+    Start {
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// Stop a cluster; its machines go with their disks.
+    #[command(after_help = "Example:\n  lodge cluster stop lab")]
+    Stop { name: String },
+    /// Which machines of a cluster run.
+    #[command(after_help = "Example:\n  lodge cluster status lab")]
+    Status { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KernelVerb {
+    /// Build a small kernel for machines, or one of a configuration of your own. The same is built
+    /// once.
+    #[command(after_help = "Example:\n  lodge kernel build --for firecracker --to vmlinux")]
+    Build {
+        /// Of which source: an archive's name without its ending, from $ARCHIVE, else from Debian's
+        /// packages.
+        #[arg(long, default_value = "linux-6.1")]
+        source: String,
+        /// A kernel configuration.
+        #[arg(long, value_hint = ValueHint::FilePath)]
+        config: Option<PathBuf>,
+        /// In the form that this hypervisor takes.
+        #[arg(long = "for", value_enum, default_value = "qemu")]
+        target: Target,
+        /// Where to put it; `bzImage` or `vmlinux` when absent.
+        #[arg(long, value_hint = ValueHint::FilePath)]
+        to: Option<PathBuf>,
+        /// Forget what was compiled.
+        #[arg(long)]
+        clean: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Target {
+    Qemu,
+    Firecracker,
+    CloudHypervisor,
+}
+
+#[derive(Debug, Subcommand)]
 pub enum Image {
     /// Build an image out of distribution packages.
     #[command(
@@ -233,8 +287,11 @@ pub enum Image {
     /// List images.
     #[command(after_help = "Example:\n  lodge image ls")]
     Ls,
-    /// Everything about an image, as JSON.
-    #[command(after_help = "Example:\n  lodge image inspect debian-12")]
+    /// Everything about an image, as JSON: a stored one by its name, or the layers of a cluster's
+    /// image by its path.
+    #[command(
+        after_help = "Example:\n  lodge image inspect debian-12\n  lodge image inspect ./hd.img"
+    )]
     Inspect { name: String },
     /// Remove an image that no machine uses.
     #[command(after_help = "Example:\n  lodge image rm debian-12")]

@@ -68,6 +68,9 @@ impl Session {
 
     /// The network of the cluster, which its machines are called after.
     pub(super) fn network(&self) -> Result<NetName> {
+        if let Some(name) = self.settings.text("__cluster") {
+            return Ok(name.parse()?);
+        }
         let name = match nets::current(&self.settings) {
             Some(i) => format!("xc{i}"),
             None => "xc".to_owned(),
