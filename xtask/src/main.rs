@@ -67,6 +67,21 @@ fn vm_test() -> anyhow::Result<()> {
             "cargo",
             &["build", "--profile", "quick", "-p", "lodge", "-p", "lodge-jail"],
         ),
+        // The one long compilation has the host for itself.
+        Step::new(
+            "kernel",
+            "cargo",
+            &[
+                "test",
+                "-p",
+                "lodge-vm-tests",
+                "--test",
+                "it",
+                "--",
+                "--exact",
+                "xcluster::kernel::a_kernel_is_built_once_and_knows_its_modules",
+            ],
+        ),
         Step::new(
             "machines",
             "cargo",

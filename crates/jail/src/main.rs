@@ -11,7 +11,10 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let done = match args.next() {
         Some(word) if word == "script" => match ScriptPlan::from_args(args) {
-            Some(plan) => lodge_jail::script::run(&plan).map_err(|e| e.to_string()),
+            Some(plan) => match lodge_jail::script::run(&plan) {
+                Ok(status) => return ExitCode::from(status),
+                Err(error) => Err(error.to_string()),
+            },
             None => Err("script [--network] [--write PATH]... PROGRAM [ARG]...".into()),
         },
         _ => enter(),

@@ -60,14 +60,74 @@ impl ScriptPlan {
     }
 }
 
-/// Confines the calling process, which has one thread, and becomes the program.
-pub fn run(plan: &ScriptPlan) -> Result<(), Error> {
+/// Confines the calling process, which has one thread, and runs the program as its child. What the
+/// program leaves at work ends with it, and all ends with the caller's parent. Returns the exit
+/// status.
+pub fn run(plan: &ScriptPlan) -> Result<u8, Error> {
     if !plan.network {
         leave_network()?;
     }
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(step("end with the parent"))?;
     write_only(&plan.writable)?;
+    // Everything that ends us is waited for, so that the program is ended before.
+    let signals = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+    let set = block(&signals)?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
+        .map_err(step("end with the parent"))?;
+    // SAFETY: a fork of a single-threaded process; the child has its own copy of everything.
+    let child = unsafe { libc::fork() };
+    match child {
+        0 => {
+            // SAFETY: plain numbers; the mask is that of this process alone.
+            unsafe {
+                libc::setpgid(0, 0);
+                libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+            }
+            become_program(plan).map(|()| 0)
+        }
+        child if child > 0 => Ok(attend(child, &set)),
+        _ => Err(step("start the program")(io::Error::last_os_error())),
+    }
+}
+
+/// Blocks signals, so that they can be waited for.
+fn block(signals: &[i32]) -> Result<libc::sigset_t, Error> {
+    // SAFETY: the set is filled before it is read, and all numbers are those of signals.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        match libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) {
+            0 => Ok(set),
+            _ => Err(step("wait for signals")(io::Error::last_os_error())),
+        }
+    }
+}
+
+/// Waits for the program's end, or for a signal to end it.
+fn attend(child: i32, set: &libc::sigset_t) -> u8 {
+    let mut status = 0;
+    loop {
+        // SAFETY: waits for signals that are blocked; nothing is written.
+        let signal = unsafe { libc::sigwaitinfo(set, std::ptr::null_mut()) };
+        // SAFETY: the child is ours, and the status is a number of our own.
+        let ended = unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == child;
+        if !ended && (signal == libc::SIGCHLD || signal < 0) {
+            continue;
+        }
+        // SAFETY: the group is the one that the child made for itself.
+        unsafe { libc::kill(-child, libc::SIGKILL) };
+        return match ended {
+            true if libc::WIFEXITED(status) => libc::WEXITSTATUS(status) as u8,
+            true => 128 + libc::WTERMSIG(status) as u8,
+            false => 128 + signal as u8,
+        };
+    }
+}
+
+/// Replaces this process. Comes back only with an error.
+fn become_program(plan: &ScriptPlan) -> Result<(), Error> {
     let words = std::iter::once(plan.program.as_os_str()).chain(plan.args.iter().map(|a| &**a));
     let words = words.map(|w| CString::new(w.as_bytes())).collect::<Result<Vec<_>, _>>()?;
     let mut argv: Vec<_> = words.iter().map(|text| text.as_ptr()).collect();

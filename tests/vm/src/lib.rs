@@ -9,6 +9,7 @@ pub mod lab;
 pub mod metald;
 pub mod rfb;
 pub mod vmadm;
+pub mod xcluster;
 
 pub use lab::Lab;
 

@@ -151,7 +151,7 @@ impl Session {
             let _ = fs::remove_dir_all(&cached);
         }
         let setup = self.settings.text("SETUP").unwrap_or("default");
-        if setup.contains(',') {
+        if setup.contains(',') && !self.line.words.is_empty() {
             bail!("SETUP has many items [{setup}]");
         }
         let dir = cached.join(setup);

@@ -13,3 +13,4 @@ mod network;
 mod rootless;
 mod vmadm;
 mod vmm;
+mod xcluster;

@@ -1,0 +1,146 @@
+//! Overlays: what their programs are given, what they may do, and what becomes of it.
+
+use std::fs;
+
+use lodge_vm_tests::lab::command;
+use lodge_vm_tests::xcluster::Xc;
+
+fn isoinfo(xc: &Xc, args: &[&str]) -> String {
+    let iso = xc.path("ws/tmp/cdrom.iso");
+    let output = command("isoinfo").args(args).arg("-i").arg(iso).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn cases_3_5_6_7_cdroms_hold_overlays_in_order() {
+    let mut xc = Xc::bare();
+    xc.files("A", &[("etc/x", "a")]);
+    xc.files("B", &[("etc/x", "b")]);
+    assert_eq!(xc.ok(&["mkcdrom", "A", "A", "B"]), "00A.tar\n01B.tar\n");
+    xc.set("XOVLS", "B A");
+    assert_eq!(xc.ok(&["mkcdrom", "A"]), "00A.tar\n01B.tar\n");
+    let list = isoinfo(&xc, &["-R", "-f"]);
+    assert_eq!(list.lines().collect::<Vec<_>>(), ["/00A.tar", "/01B.tar"]);
+    assert!(isoinfo(&xc, &["-d"]).contains("Volume id: xcluster"));
+    let before = fs::read(xc.path("ws/tmp/cdrom.iso")).unwrap();
+    let said = xc.fails(&["mkcdrom", "A", "nosuch"]);
+    assert_eq!(said, "ERROR: Ovl not found [nosuch]\n");
+    assert!(fs::read(xc.path("ws/tmp/cdrom.iso")).unwrap() == before);
+    assert_eq!(xc.ok(&["mkcdrom"]), "");
+    assert!(!xc.path("ws/tmp/cdrom.iso").exists());
+}
+
+#[test]
+fn programs_are_given_everything_and_reach_nothing_else() {
+    let mut xc = Xc::bare();
+    xc.files("helper", &[("etc/x", "a")]);
+    let outside = tempfile::tempdir_in("/var").unwrap();
+    xc.set("xcluster_FOO", "a b");
+    xc.set("SETUP", "one,two");
+    xc.overlay(
+        "asks",
+        &format!(
+            "set -e; tmp=$(mktemp -d); cd $tmp; mkdir etc\n\
+             env | sort >etc/env; $XCLUSTER ovld helper >etc/ovld; pwd >etc/cwd\n\
+             $XCLUSTER install_prog --dest=$tmp true nosuch; $XCLUSTER cploader --dest=$tmp\n\
+             $XCLUSTER libs true >etc/libs\n\
+             ip -o link >etc/links; touch {0}/x 2>etc/denied || true\n\
+             touch $XCLUSTER_WORKSPACE/here\n\
+             tar -cf - *; rm -r $tmp",
+            outside.path().display()
+        ),
+    );
+    let said = xc.says(&["mkcdrom", "--mem=77", "asks"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.err.contains("WARNING: Not found [nosuch]"), "{said:?}");
+    isoinfo(&xc, &["-d"]);
+    let tar = xc.path("asks.tar");
+    let bytes = command("isoinfo")
+        .args(["-R", "-x", "/00asks.tar", "-i"])
+        .arg(xc.path("ws/tmp/cdrom.iso"))
+        .output()
+        .unwrap()
+        .stdout;
+    fs::write(&tar, bytes).unwrap();
+    let file = |name: &str| {
+        let output = command("tar").args(["-xOf"]).arg(&tar).arg(name).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let env = file("etc/env");
+    for line in ["xcluster_FOO=a b", "__mem=77", "SETUP=one,two", "__kver=linux-6.1"] {
+        assert!(env.lines().any(|l| l == line), "{line}: {env}");
+    }
+    for name in ["ARCHIVE", "XCLUSTER_WORKSPACE", "USER", "KERNELDIR", "__image"] {
+        assert!(env.lines().any(|l| l.starts_with(&format!("{name}="))), "{name}: {env}");
+    }
+    assert_eq!(file("etc/ovld").trim(), xc.path("ovl/helper").to_str().unwrap());
+    assert!(file("etc/libs").contains("libc.so.6"));
+    let links = file("etc/links");
+    assert!(links.lines().count() == 1 && links.contains("lo:"), "{links}");
+    assert!(file("etc/denied").contains("Permission denied"), "{}", file("etc/denied"));
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    assert!(xc.path("ws/here").exists());
+    let names = command("tar").arg("-tf").arg(&tar).output().unwrap().stdout;
+    let names = String::from_utf8_lossy(&names).into_owned();
+    assert!(names.contains("bin/true") && names.contains("ld-linux-x86-64.so.2"), "{names}");
+}
+
+#[test]
+fn cases_25_to_27_the_cache_and_the_path() {
+    let mut xc = Xc::bare();
+    xc.overlay(
+        "o",
+        "d=$(mktemp -d); cd $d; mkdir etc; echo ${SETUP:-none} >etc/setup; tar -cf - etc; rm -r $d",
+    );
+    xc.ok(&["cache", "o"]);
+    xc.set("SETUP", "x");
+    xc.ok(&["cache", "o"]);
+    xc.set("SETUP", "a,b");
+    let many = xc.fails(&["cache", "o"]);
+    assert_eq!(many, "ERROR: SETUP has many items [a,b]\n");
+    xc.unset("SETUP");
+    let listed = xc.ok(&["cache", "--list"]);
+    let dir = xc.path("ws/xcluster/cache");
+    assert_eq!(listed, format!("Cache dir [{}];\ndefault/o.tar.xz\nx/o.tar.xz\n", dir.display()));
+    let path = xc.ok(&["cached_tar", "o"]);
+    assert_eq!(path.trim(), dir.join("default/o.tar.xz").to_str().unwrap());
+    let said = xc.says(&["mkcdrom", "o"]);
+    assert!(said.err.contains("Use Cached ["), "{said:?}");
+    xc.set("SETUP", "y,x");
+    assert!(xc.ok(&["cached_tar", "o"]).contains("/x/o.tar.xz"));
+    let unpacked = xc.says(&["cat_tar", dir.join("x/o.tar.xz").to_str().unwrap()]);
+    assert!(unpacked.out.contains("etc/setup"));
+    assert_eq!(xc.says(&["cached_tar", "nosuch"]).code, 1);
+    xc.ok(&["cache", "--clear"]);
+    assert!(!dir.exists());
+    assert_eq!(xc.fails(&["ovld"]), "ERROR: No ovl\n");
+    // Here wins over the path.
+    fs::create_dir_all(xc.path("o")).unwrap();
+    fs::copy(xc.path("ovl/o/tar"), xc.path("o/tar")).unwrap();
+    assert_eq!(xc.ok(&["mkcdrom", "o"]), "00o.tar\n");
+}
+
+#[test]
+fn the_command_line_is_strict_and_helps() {
+    let xc = Xc::bare();
+    assert!(xc.ok(&[]).starts_with("Usage: xc COMMAND"));
+    assert!(xc.ok(&["help"]).contains("\n  mkimage"));
+    assert_eq!(xc.fails(&["strat"]), "ERROR: Invalid command [strat]; did you mean start?\n");
+    let typo = xc.fails(&["start", "--nvmm=3"]);
+    assert_eq!(typo, "ERROR: Unknown option --nvmm; did you mean --nvm?\n");
+    assert_eq!(xc.ok(&["completion", "sca"]), "scaleout\nscalein\n");
+    let env = xc.ok(&["env"]);
+    assert!(env.contains("\n__image='") && !env.contains("__nvm="), "{env}");
+    // Called by its own name it is the same.
+    let link = xc.path("xc");
+    std::os::unix::fs::symlink(lodge_vm_tests::lab::program(), &link).unwrap();
+    let output = command(&link).arg("completion").arg("boot").output().unwrap();
+    assert_eq!(output.stdout, b"boot_vm\n");
+    let made = xc.lab.run(&["xcadmin", "mkovl", "--template=template", "--ovldir=/tmp/x/y", "a/b"]);
+    assert!(!made.status.success());
+    let mut words = xc.lab.command(&["xcadmin", "mkovl", "--template=template", "mine"]);
+    words.env("XCLUSTER_OVLPATH", lodge_vm_tests::xcluster::shipped());
+    let own = words.env("__ovldir", xc.path("made")).output().unwrap();
+    assert!(own.status.success(), "{own:?}");
+    assert!(xc.path("made/mine/default/bin/mine_test").is_file());
+}
