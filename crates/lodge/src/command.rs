@@ -20,6 +20,7 @@ use lodge_spec::state::{Event, Summary};
 use lodge_spec::{Bytes, document};
 use serde_json::{Value, json};
 
+use crate::plan::plan_text;
 use crate::{client, console, daemon, vmadm, xcluster};
 
 const TIMED_OUT: u8 = 124;
@@ -33,7 +34,9 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
         Verb::Cluster(verb) => return xcluster::native::cluster(verb),
         Verb::Kernel(verb) => return xcluster::native::kernel(verb),
-        Verb::Image(Image::Inspect { name }) if name.contains('/') => return layers(name),
+        Verb::Image(Image::Inspect { name }) if name.contains('/') => {
+            return print_json(&xcluster::native::layers(name)?);
+        }
         Verb::Xc { words } => return xcluster::main(words),
         Verb::Xcadmin { words } => return xcluster::admin(words),
         Verb::Schema => return print(&document::schema_text()),
@@ -242,7 +245,8 @@ impl Session {
         }
         changes.extend(add_disk.iter().map(|text| Change::AddDisk { disk: disk_or_size(text) }));
         changes.extend(remove_disk.into_iter().map(|name| Change::RemoveDisk { name }));
-        changes.extend(add_nic.into_iter().map(|net| Change::AddNic { nic: nic_on(net) }));
+        changes
+            .extend(add_nic.into_iter().map(|net| Change::AddNic { nic: Box::new(nic_on(net)) }));
         changes.extend(remove_nic.into_iter().map(|name| Change::RemoveNic { name }));
         if changes.is_empty() {
             bail!("nothing to change; `lodge set --help` lists what can be");
@@ -528,12 +532,6 @@ fn flags(machine: MachineFlags, image: Option<String>) -> Result<Draft> {
     machine.draft(image).map_err(|e| anyhow!(e))
 }
 
-/// What an image in a file says of what it was made.
-fn layers(path: &str) -> Result<ExitCode> {
-    let layers = lodge_host::rootfs::image::layers(Path::new(path)).map_err(|why| anyhow!(why))?;
-    print_json(&json!({ "path": path, "layers": layers }))
-}
-
 fn read_document(path: &Path) -> Result<Draft> {
     let mut text = String::new();
     if path == Path::new("-") {
@@ -542,70 +540,4 @@ fn read_document(path: &Path) -> Result<Draft> {
         text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     }
     document::parse(&text).map_err(|problems| anyhow!("{}:\n{problems}", path.display()))
-}
-
-fn plan_text(value: &Value) -> Result<String> {
-    use lodge_host::backend::{Launch, Unsupported};
-    let mut text = String::new();
-    for (name, backend) in value["backends"].as_object().into_iter().flatten() {
-        if backend["can"] == json!(true) {
-            text += &format!("{name}: yes\n");
-            continue;
-        }
-        text += &format!("{name}: no\n");
-        let lacks: Vec<Unsupported> = serde_json::from_value(backend["lacks"].clone())?;
-        for lack in lacks {
-            text += &format!("  {lack}\n");
-        }
-    }
-    if value["chosen"].is_null() {
-        return Ok(text);
-    }
-    let launch: Launch = serde_json::from_value(value["chosen"].clone())?;
-    for note in &launch.notes {
-        text += &format!("  {note}\n");
-    }
-    text += "make:\n";
-    for step in &launch.steps {
-        text += &format!("  {step}\n");
-    }
-    let warden = &launch.warden;
-    for tap in &warden.taps {
-        let network = tap.network.file_name().unwrap_or_default().to_string_lossy();
-        text += &format!(
-            "  interface {} on network {network}: {} {}\n",
-            tap.interface, tap.mac, tap.address
-        );
-    }
-    for port in &warden.ports {
-        text += &format!(
-            "  port {}:{} to guest {}/{}\n",
-            port.ip, port.host, port.guest, port.protocol
-        );
-    }
-    text += &format!("  control group lodge/{}\n", warden.cgroup.name);
-    text += "open:\n";
-    for file in &warden.files {
-        let rights = if file.writable { "read and write" } else { "read" };
-        text += &format!("  {} as {} ({rights})\n", file.path.display(), file.fd);
-    }
-    for socket in &warden.sockets {
-        text += &format!("  socket {} as {}\n", socket.path.display(), socket.fd);
-    }
-    let jail = &warden.jail;
-    text += &format!("jail: user {}, {} files and folders bound\n", jail.uid, jail.binds.len());
-    text += &format!("run {}:\n", jail.program.display());
-    let mut args = jail.argv.iter().skip(1).peekable();
-    while let Some(arg) = args.next() {
-        text += &format!("  {arg}");
-        if let Some(value) = args.next_if(|next| !next.starts_with('-')) {
-            text += &format!(" {value}");
-        }
-        text += "\n";
-    }
-    text += "then:\n";
-    for call in &launch.calls {
-        text += &format!("  {call}\n");
-    }
-    Ok(text)
 }

@@ -8,6 +8,7 @@ mod console;
 mod daemon;
 mod doctor;
 mod otlp;
+mod plan;
 mod settings;
 mod vmadm;
 mod xcluster;

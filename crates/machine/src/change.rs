@@ -20,7 +20,7 @@ pub(crate) fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
             }
         }
         Change::AddDisk { disk } => draft.disks.get_or_insert_default().push(disk.clone()),
-        Change::AddNic { nic } => draft.nics.get_or_insert_default().push(nic.clone()),
+        Change::AddNic { nic } => draft.nics.get_or_insert_default().push((**nic).clone()),
         Change::RemoveDisk { name } => {
             let disks = draft.disks.get_or_insert_default();
             let at = disks.iter().position(|d| d.name.as_ref() == Some(name));

@@ -239,7 +239,7 @@ pub enum Change {
     Memory { bytes: u64 },
     AddDisk { disk: DiskDraft },
     RemoveDisk { name: String },
-    AddNic { nic: NicDraft },
+    AddNic { nic: Box<NicDraft> },
     RemoveNic { name: String },
 }
 

@@ -194,11 +194,11 @@ pub fn parse(commands: &'static [Command], words: &[String]) -> Result<Option<Li
 
 /// Whether an option exists; the reason where it does not.
 fn known(name: &str) -> Result<(), String> {
-    let numbered = |base: &&str| {
-        let number = name.strip_prefix(*base);
+    let numbered = |base: &str| {
+        let number = name.strip_prefix(base);
         number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     };
-    if OPTIONS.contains(&name) || NUMBERED.iter().any(|base| numbered(&base)) {
+    if OPTIONS.contains(&name) || NUMBERED.iter().any(|base| numbered(base)) {
         return Ok(());
     }
     if let Some((_, why)) = GONE.iter().find(|(gone, _)| *gone == name) {

@@ -104,3 +104,9 @@ pub(crate) fn kernel(verb: &KernelVerb) -> Result<ExitCode> {
     print(&format!("{}\n", to.display()))?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// What an image in a file says of what it was made.
+pub(crate) fn layers(path: &str) -> Result<serde_json::Value> {
+    let layers = told(lodge_host::rootfs::image::layers(Path::new(path)))?;
+    Ok(serde_json::json!({ "path": path, "layers": layers }))
+}

@@ -76,7 +76,7 @@ impl Session {
         let mut add = |target, built: &Path, name: &str, package: &str| -> Result<()> {
             let source = match built.is_file() {
                 true => built.to_owned(),
-                false => self.from_debian(name, package)?,
+                false => self.debian_program(name, package)?,
             };
             say(&format!("{name}: {}", source.display()));
             list.push(Program { target, source });
@@ -111,7 +111,7 @@ impl Session {
     }
 
     /// A program of a Debian package: the installed one, else the package is fetched and kept.
-    fn from_debian(&self, name: &str, package: &str) -> Result<PathBuf> {
+    fn debian_program(&self, name: &str, package: &str) -> Result<PathBuf> {
         // The static busybox of the host runs its own commands before those of other packages.
         let own = find_program(name);
         if let Some(path) = own.filter(|p| name != "busybox" || !lodge_host::elf::is_static(p)) {
