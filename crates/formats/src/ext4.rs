@@ -95,12 +95,13 @@ pub fn write_tar(
 }
 
 /// Writes a tree as a file system, in the order of its names; `out` as for `write_tar`. `open`
-/// gives what a file contains, at least as many bytes as its size.
+/// gives what a file of a size contains, at least as many bytes; it is called in the order of the
+/// names, for files that are not empty.
 pub fn write_tree<C, R: Read>(
     tree: &Tree<C>,
     out: impl Write + Seek,
     options: &Options,
-    mut open: impl FnMut(&C) -> io::Result<R>,
+    mut open: impl FnMut(u64, &C) -> io::Result<R>,
 ) -> Result<Summary, Error> {
     let layout = Layout::new(options.size, options.style).ok_or(Error::Size(options.size))?;
     let mut writer = Writer::new(out, &layout, options)?;
@@ -117,7 +118,7 @@ pub fn write_tree<C, R: Read>(
         let named = Node { path, ..node.plain() };
         match &node.kind {
             Kind::File { contents, size } if *size > 0 => {
-                writer.add(named, &mut open(contents)?)?
+                writer.add(named, &mut open(*size, contents)?)?
             }
             _ => writer.add(named, &mut io::empty())?,
         }

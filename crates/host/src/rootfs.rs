@@ -2,6 +2,7 @@
 //! and written, programs of the host with the libraries that they need. Nothing here runs as
 //! root, mounts anything, or starts a machine; errors are whole sentences.
 
+mod ahead;
 pub mod archive;
 pub mod base;
 pub mod cdrom;

@@ -34,6 +34,9 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
         Verb::Cluster(verb) => return xcluster::native::cluster(verb),
         Verb::Kernel(verb) => return xcluster::native::kernel(verb),
+        Verb::Image(Image::Make { folder, file, size, format }) => {
+            return xcluster::native::folder(folder, file, size.as_deref(), format);
+        }
         Verb::Image(Image::Inspect { name }) if name.contains('/') => {
             return print_json(&xcluster::native::layers(name)?);
         }
@@ -406,6 +409,7 @@ impl Session {
                 let manifest = self.document(Request::ImageAdd { path, name }).await?;
                 return self.show_images(json!([manifest]));
             }
+            Image::Make { .. } => unreachable!("needs no daemon"),
             Image::Ls => {
                 let list = self.document(Request::ImageList).await?;
                 return self.show_images(list);

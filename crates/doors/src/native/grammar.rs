@@ -284,6 +284,21 @@ pub enum Image {
         #[arg(long)]
         name: Option<String>,
     },
+    /// Write a folder as a disk with an ext4 file system: no root, no mount, the same bytes for
+    /// the same files.
+    #[command(after_help = "Example:\n  lodge image make ./rootfs disk.img --size 4GB")]
+    Make {
+        #[arg(value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Size of the disk; made to measure when absent.
+        #[arg(long)]
+        size: Option<String>,
+        /// `raw` or `qcow2`.
+        #[arg(long, default_value = "raw")]
+        format: String,
+    },
     /// List images.
     #[command(after_help = "Example:\n  lodge image ls")]
     Ls,

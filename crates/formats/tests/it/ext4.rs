@@ -158,7 +158,7 @@ fn again(from: &Path, to: &Path, style: Style) -> read::Contents {
     let out = std::fs::File::create(to).unwrap();
     out.set_len(contents.size).unwrap();
     let options = Options { style, ..options(contents.size) };
-    let open = |pieces: &Vec<read::Piece>| {
+    let open = |_, pieces: &Vec<read::Piece>| {
         let mut bytes = Vec::new();
         Stream::new(&mut input, pieces).read_to_end(&mut bytes).map(|_| std::io::Cursor::new(bytes))
     };

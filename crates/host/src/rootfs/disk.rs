@@ -16,6 +16,7 @@ use lodge_formats::sniff::{self, Kind};
 use lodge_formats::tree::Tree;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
+use super::ahead::Ahead;
 use super::content::{Content, Source};
 use crate::backend::DiskFormat;
 
@@ -101,14 +102,16 @@ impl Lock {
             time: super::epoch(),
             style: make.style,
         };
+        let mut ahead = Ahead::new(tree);
+        let open = |size, content: &Content| ahead.open(size, content);
         let summary = match make.format {
             DiskFormat::Raw => {
                 file.set_len(make.size).map_err(|e| text(&e))?;
-                ext4::write_tree(tree, &file, &options, Content::open).map_err(|e| text(&e))?
+                ext4::write_tree(tree, &file, &options, open).map_err(|e| text(&e))?
             }
             DiskFormat::Qcow2 => {
                 let mut volume = volume::Writer::new(&file, make.size);
-                let summary = ext4::write_tree(tree, &mut volume, &options, Content::open);
+                let summary = ext4::write_tree(tree, &mut volume, &options, open);
                 let summary = summary.map_err(|e| text(&e))?;
                 volume.finish().map_err(|e| text(&e))?;
                 summary
@@ -117,8 +120,9 @@ impl Lock {
         if let Ok(old) = path.metadata() {
             let mode = fs::Permissions::from_mode(old.mode() & 0o7777);
             file.set_permissions(mode).map_err(|e| text(&e))?;
+            // What is there is not given up before the new one is safe.
+            file.sync_data().map_err(|e| text(&e))?;
         }
-        file.sync_data().map_err(|e| text(&e))?;
         self.name(&file, folder).map_err(|e| text(&e))?;
         Ok(summary)
     }

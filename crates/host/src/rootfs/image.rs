@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use lodge_formats::ext4::Summary;
 use lodge_formats::tree::Tree;
 use lodge_jail::script;
+use sha2::{Digest, Sha256};
 
 use super::archive::Layer;
 use super::base::Base;
 use super::content::Content;
-use super::disk::{Lock, Make, read};
+use super::disk::{Lock, Make, Style, read};
 use super::epoch;
 use super::provenance::{self, Made};
+use crate::backend::DiskFormat;
 
 /// What was made.
 pub struct New {
@@ -35,6 +37,39 @@ pub fn make(path: &Path, base: &Base, mut make: Make) -> Result<New, String> {
     let paths = tree.walk().into_iter().map(|(path, _)| path);
     let libraries = paths.filter(|p| p.starts_with("lib") && p.contains(".so"));
     Ok(New { summary, libraries: libraries.map(|p| format!("/{p}")).collect() })
+}
+
+/// Writes a folder of the host as a disk; all belongs to root, and hidden files are files. Sized
+/// for its contents where `size` is nothing.
+pub fn folder(
+    path: &Path,
+    from: &Path,
+    size: Option<u64>,
+    format: DiskFormat,
+) -> Result<Summary, String> {
+    let mut tree = Tree::new(epoch());
+    super::base::lay_folder(&mut tree, from, "", epoch())?;
+    let mut hash = Sha256::new();
+    let (mut bytes, mut names) = (0, 0);
+    for (name, index) in tree.walk() {
+        let node = &tree.nodes()[index];
+        hash.update(format!("{name}\0{}\0", node.size()));
+        bytes += node.size().next_multiple_of(4096) + 512;
+        names += 1;
+    }
+    // Room for the tables, the journal, and something to add.
+    let least = bytes + bytes / 4 + names * 16_384 / 8 + (160 << 20);
+    let digest = hash.finalize();
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest[..16]);
+    let make = Make {
+        size: size.unwrap_or(least.max(names * 16_384 + (64 << 20))) / 4096 * 4096,
+        format,
+        style: Style::Ext4,
+        label: String::new(),
+        uuid,
+    };
+    Lock::take(path)?.write(&tree, &make)
 }
 
 /// Lays layers over an image, which stays as it is if anything goes wrong. The calling thread

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::native::grammar::{ClusterVerb, KernelVerb, Target};
 use lodge_doors::xcluster::grammar::{COMMANDS, Line};
 use lodge_doors::xcluster::settings::Settings;
 use lodge_doors::xcluster::{document, grammar};
+use lodge_host::backend::DiskFormat;
 use lodge_host::kernel_build::Build;
 use lodge_host::paths::Paths;
+use lodge_host::rootfs::image;
+use lodge_spec::Bytes;
 
 use super::{Session, callback, print, say, shared, told};
 
@@ -107,6 +110,19 @@ pub(crate) fn kernel(verb: &KernelVerb) -> Result<ExitCode> {
 
 /// What an image in a file says of what it was made.
 pub(crate) fn layers(path: &str) -> Result<serde_json::Value> {
-    let layers = told(lodge_host::rootfs::image::layers(Path::new(path)))?;
+    let layers = told(image::layers(Path::new(path)))?;
     Ok(serde_json::json!({ "path": path, "layers": layers }))
+}
+
+/// Writes a folder as a disk.
+pub(crate) fn folder(from: &Path, to: &Path, size: Option<&str>, format: &str) -> Result<ExitCode> {
+    let size = size.map(str::parse::<Bytes>).transpose().map_err(|e| anyhow!("--size {e}"))?;
+    let format = match format {
+        "raw" => DiskFormat::Raw,
+        "qcow2" => DiskFormat::Qcow2,
+        other => bail!("--format: {other:?} is neither raw nor qcow2"),
+    };
+    let made = told(image::folder(to, from, size.map(|b| b.0), format))?;
+    say(&format!("{}: {} files, {:.1} MB", to.display(), made.files, made.used_bytes as f64 / 1e6));
+    Ok(ExitCode::SUCCESS)
 }
