@@ -4,6 +4,7 @@
 mod bench;
 mod bench_door;
 mod bench_vmadm;
+mod bench_xcluster;
 mod leftovers;
 mod openapi;
 #[cfg(feature = "proto")]
