@@ -39,6 +39,10 @@ bench:
 install: build
 	install -D -m 0755 target/release/lodge $(DESTDIR)/usr/local/bin/lodge
 	ln -sf lodge $(DESTDIR)/usr/local/bin/vmadm
+	ln -sf lodge $(DESTDIR)/usr/local/bin/xc
+	ln -sf lodge $(DESTDIR)/usr/local/bin/xcadmin
+	mkdir -p $(DESTDIR)/usr/local/share/lodge
+	cp -R guest/xcluster $(DESTDIR)/usr/local/share/lodge/
 	install -D -m 0755 target/release/lodge-jail $(DESTDIR)/usr/local/bin/lodge-jail
 	install -D -m 0644 dist/lodge.service $(DESTDIR)/etc/systemd/system/lodge.service
 	install -D -m 0644 dist/lodge.socket $(DESTDIR)/etc/systemd/system/lodge.socket
