@@ -143,9 +143,7 @@ impl Session {
         for dir in [scratch, self.settings.path("XCLUSTER_HOME"), Path::new("/tmp").join(user)] {
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         }
-        if !self.settings.path("XCLUSTER").exists() {
-            link_callback(&self.settings.path("XCLUSTER"))?;
-        }
+        link_callback(&self.settings.path("XCLUSTER"))?;
         env.push(("PWD".into(), std::env::current_dir()?.into_os_string()));
         let mut writable: Vec<PathBuf> = ["/tmp", "/var/tmp"].map(PathBuf::from).into();
         writable.push(self.settings.path("XCLUSTER_WORKSPACE"));
@@ -171,11 +169,16 @@ fn callback() -> Result<PathBuf> {
     Ok(paths.state.join("bin").join("xc"))
 }
 
+/// Makes the callback lead to this program.
 fn link_callback(path: &Path) -> Result<()> {
+    let own = std::env::current_exe()?;
+    if std::fs::read_link(path).is_ok_and(|target| target == own) {
+        return Ok(());
+    }
     let dir = path.parent().context("a path")?;
     std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     let part = dir.join(format!(".xc-{}", std::process::id()));
-    std::os::unix::fs::symlink(std::env::current_exe()?, &part)?;
+    std::os::unix::fs::symlink(own, &part)?;
     std::fs::rename(part, path).with_context(|| path.display().to_string())
 }
 

@@ -98,8 +98,6 @@ const OPTIONS: &[&str] = &[
     "fs",
     "get",
     "image",
-    "ipv4_base",
-    "ipv6_prefix",
     "ipver",
     "kbin",
     "kcfg",
@@ -148,7 +146,13 @@ const GONE: &[(&str, &str)] = &[
     ("script", "there is no helper VM for it to run in; what it does belongs into an overlay"),
     ("cidata", "`lodge` gives machines a cloud-init disk of their own"),
     ("root", "say --dest"),
+    ("ipv4_base", "Lodge picks the addresses of the link between a network and the host"),
+    ("ipv6_prefix", "Lodge picks the addresses of the link between a network and the host"),
 ];
+
+/// Variables that meant something elsewhere, for a warning where they are set.
+pub const WITHOUT_EFFECT: &[&str] =
+    &["__kvm", "__kvm_opt", "__net_setup", "XCLUSTER_MONITOR_BASE", "XCLUSTER_HOOK"];
 
 /// Options that may be followed by a node's number.
 const NUMBERED: &[&str] = &["append", "mem", "nets", "smp"];

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lodge_doors::native::wire::Client;
 use lodge_doors::xcluster::DOOR;
+use lodge_doors::xcluster::grammar::WITHOUT_EFFECT;
 use lodge_doors::xcluster::machines::{self, Cluster};
 use lodge_doors::xcluster::nodes::{self, Vm};
 use lodge_spec::names::NetName;
@@ -37,6 +38,9 @@ impl Session {
     /// The cluster that these settings are about. Kernel and image are looked at before anything
     /// is made.
     fn cluster(&self) -> Result<Cluster> {
+        for name in WITHOUT_EFFECT.iter().filter(|name| self.settings.text(name).is_some()) {
+            say(&format!("WARNING: {name} has no effect here"));
+        }
         let kernel = self.kernel()?;
         let image = self.settings.path("__image");
         if !image.is_file() {

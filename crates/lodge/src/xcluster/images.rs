@@ -180,7 +180,10 @@ impl Session {
     /// Sends overlays to another host and unpacks them there.
     pub(super) fn inject(&self) -> Result<u8> {
         let address = self.settings.text("__addr").context("No address; say --addr=user@host")?;
+        // `--sudo=` wants none.
+        let none = self.line.options.get("__sudo").is_some_and(String::is_empty);
         let sudo = match self.settings.text("__sudo") {
+            None if none => "",
             Some("yes") | None => "sudo",
             Some(other) => other,
         };

@@ -152,6 +152,65 @@ fn a_cluster_of_its_own_number_is_entered_with_a_shell() {
 }
 
 #[test]
+fn consoles_are_windows_of_tmux_or_here() {
+    let mut xc = Xc::with_image();
+    let sockets = xc.path("tmux");
+    fs::create_dir_all(&sockets).unwrap();
+    xc.set("TMUX_TMPDIR", sockets.to_str().unwrap());
+    xc.set("__nvm", "1");
+    xc.set("__nrouters", "0");
+    xc.set("__kvm_opt", "-device something");
+    let started = xc.says(&["starts"]);
+    assert_eq!(started.code, 0, "{started:?}");
+    assert!(started.err.contains("WARNING: __kvm_opt has no effect here"), "{started:?}");
+    assert!(started.err.contains("Tmux session [xcluster-xc]"), "{started:?}");
+    let tmux = |words: &[&str]| {
+        let mut command = command("tmux");
+        let output = command.args(words).env("TMUX_TMPDIR", &sockets).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let windows = tmux(&["list-windows", "-t", "xcluster-xc", "-F", "#{window_name}"]);
+    assert_eq!(windows, "vm-001\n");
+    xc.lab.until("the console in its window", || {
+        tmux(&["send-keys", "-t", "xcluster-xc:vm-001", "hostname", "Enter"]);
+        tmux(&["capture-pane", "-p", "-t", "xcluster-xc:vm-001"]).contains("\nvm-001\n")
+    });
+    // One more in the foreground, with arguments of its own, until it is ended elsewhere.
+    let mut here = xc.command(&["boot_vm", "3", "extra=1"]);
+    here.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut here = here.spawn().unwrap();
+    let seen = lodge_vm_tests::lab::wait_for_text(&mut here, "vm-003 ");
+    assert!(seen.contains("Xcluster starting..."), "{seen}");
+    assert!(xc.rsh(3, "cat /proc/cmdline").contains(" extra=1"));
+    xc.ok(&["scalein", "--now", "3"]);
+    assert!(here.wait().unwrap().success());
+    xc.ok(&["stop"]);
+    assert_eq!(tmux(&["list-sessions"]), "");
+}
+
+#[test]
+fn a_node_that_does_not_answer_is_named_and_left_to_be_looked_at() {
+    let mut xc = Xc::with_image();
+    xc.files(
+        "mute",
+        &[(
+            "etc/init.d/20sshd.rc",
+            "#!/bin/sh\nmkdir -p /etc/dropbear; test \"$(hostname)\" = vm-001 || exec dropbear -B -R\n",
+        )],
+    );
+    xc.ok(&["mkcdrom", "mute"]);
+    xc.set("__nvm", "2");
+    xc.set("__nrouters", "0");
+    xc.set("__timeout", "25");
+    let said = xc.fails(&["start"]);
+    assert!(said.contains("vm-001: xc-vm-001 was not ready after 25 s"), "{said}");
+    assert!(said.ends_with("ERROR: not up: vm-001\n"), "{said}");
+    assert_eq!(xc.says(&["status", "--quiet"]).code, 2);
+    xc.rsh(2, "true");
+    xc.ok(&["stop", "--now"]);
+}
+
+#[test]
 fn a_cluster_is_described_in_one_file() {
     let xc = Xc::with_image();
     let port = 19_000 + std::process::id() % 50 * 20;
