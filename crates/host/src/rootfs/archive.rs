@@ -1,5 +1,5 @@
 //! Archives that become layers of a tree: spooled whole, checked before anything is taken from
-//! them, known by the digest of their bytes. Foreign bytes: sizes are bounded, names stay inside.
+//! them, known by the digest of what they hold. Foreign bytes: sizes are bounded, names stay inside.
 
 use std::fs::File;
 use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom, Write};
@@ -8,10 +8,9 @@ use std::sync::Arc;
 
 use lodge_formats::sniff::{self, Kind as FileKind};
 use lodge_formats::tree::{self, Entry, Kind, Node, Tree};
-use sha2::{Digest, Sha256};
 
 use super::content::Content;
-use crate::image::store::hex;
+use super::provenance;
 
 /// Larger archives are refused.
 const MAX_BYTES: u64 = 64 << 30;
@@ -23,6 +22,7 @@ const END: usize = 512;
 pub struct Layer {
     /// What people know it by.
     pub name: String,
+    /// Of names, modes and contents: the same files give the same, whenever they were packed.
     pub sha256: String,
     pub bytes: u64,
     pub entries: usize,
@@ -34,7 +34,6 @@ impl Layer {
     pub fn take(name: &str, mut stream: impl Read) -> Result<Self, String> {
         let error = |e: io::Error| format!("{name}: {e}");
         let mut file = tempfile::tempfile().map_err(error)?;
-        let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 18];
         let mut bytes = 0;
         let mut zeroes = 0;
@@ -46,7 +45,6 @@ impl Layer {
                 Err(e) => return Err(error(e)),
             };
             let chunk = &buffer[..count];
-            hash.update(chunk);
             file.write_all(chunk).map_err(error)?;
             bytes += count as u64;
             let tail = chunk.iter().rev().take_while(|b| **b == 0).count();
@@ -60,7 +58,7 @@ impl Layer {
         }
         let layer = Self {
             name: name.to_owned(),
-            sha256: hex(&hash.finalize()),
+            sha256: String::new(),
             bytes,
             entries: 0,
             file: Arc::new(file),
@@ -80,6 +78,7 @@ impl Layer {
         match self.lay_into(&mut tree, 0) {
             Ok(entries) if zeroes >= END => {
                 self.entries = entries;
+                self.sha256 = provenance::digest(&tree)?.0;
                 Ok(self)
             }
             Ok(_) => Err(format!("{}: the archive is cut off", self.name)),

@@ -17,7 +17,7 @@ pub const PATH: &str = "usr/lib/lodge/provenance.json";
 pub struct Made {
     /// `base`, or the overlay's name.
     pub name: String,
-    /// Of the uncompressed archive, or of what the base was made from.
+    /// Of names, modes and contents.
     pub sha256: String,
     pub bytes: u64,
     /// Files and folders.

@@ -83,7 +83,7 @@ impl Session {
     }
 
     /// The machines of this cluster by their numbers.
-    async fn machines(&self, client: &mut Client) -> Result<Vec<(u8, Detail)>> {
+    pub(super) async fn machines(&self, client: &mut Client) -> Result<Vec<(u8, Detail)>> {
         let cluster = self.network()?;
         let page = Page {
             door: DOOR.into(),

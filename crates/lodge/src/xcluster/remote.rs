@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::xcluster::nodes;
 use lodge_host::proc::Tool;
 
-use super::{Session, foreign, nets};
+use super::{Session, foreign, nets, say};
 
 /// VMs are made anew all the time; nobody has seen their keys.
 const OPTIONS: &[&str] = &[
@@ -19,6 +19,9 @@ const OPTIONS: &[&str] = &[
     // The maintenance net is no place for anybody's agent.
     "-oForwardAgent=no",
 ];
+
+/// How ssh ends when nobody answers.
+const UNREACHABLE: u8 = 255;
 
 impl Session {
     /// Where a VM's ssh is: address and port.
@@ -40,7 +43,20 @@ impl Session {
         nodes::id(self.word(0, "the number of a VM")?).map_err(|why| anyhow!(why))
     }
 
-    pub(super) fn rsh(&self) -> Result<u8> {
+    /// Behind the host's port could be somebody else's VM: ours must be there.
+    async fn runs(&self, id: u8) -> Result<bool> {
+        let mut client = self.client().await?;
+        let there = self.machines(&mut client).await?.iter().any(|(known, _)| *known == id);
+        if !there {
+            say(&format!("ERROR: {} does not run", nodes::hostname(id)));
+        }
+        Ok(there)
+    }
+
+    pub(super) async fn rsh(&self) -> Result<u8> {
+        if !self.runs(self.first_id()?).await? {
+            return Ok(UNREACHABLE);
+        }
         let mut command = self.ssh(self.first_id()?, &self.line.words[1..])?.command().into_std();
         if self.settings.flag("__bg") {
             command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
@@ -51,8 +67,11 @@ impl Session {
         Err(command.exec()).context("ssh")
     }
 
-    pub(super) fn rcp(&self) -> Result<u8> {
+    pub(super) async fn rcp(&self) -> Result<u8> {
         let id = self.first_id()?;
+        if !self.runs(id).await? {
+            return Ok(UNREACHABLE);
+        }
         let (from, to) = (self.word(1, "a file of the VM")?, self.word(2, "a local path")?);
         let (address, port) = self.place(id)?;
         // The old protocol: VMs have the program for it.
@@ -63,8 +82,11 @@ impl Session {
     }
 
     /// Captures packets on a VM; the file is fetched later.
-    pub(super) fn tcpdump(&self) -> Result<u8> {
+    pub(super) async fn tcpdump(&self) -> Result<u8> {
         let id = self.first_id()?;
+        if !self.runs(id).await? {
+            return Ok(UNREACHABLE);
+        }
         let interfaces = &self.line.words[1..];
         let Some(interface) = interfaces.first() else { bail!("tcpdump needs an interface") };
         let file = |interface: &str| format!("/tmp/{}-{interface}.pcap", nodes::hostname(id));

@@ -22,6 +22,17 @@ fn an_image_is_made_twice_with_the_same_bytes_and_no_fault() {
     assert!(xc.debugfs("stat /init").contains("Mode:  0755"));
     assert!(xc.debugfs("ls /lib/modules").contains("6.1"));
     assert!(xc.debugfs("stat /bin/busybox").contains("User:     0   Group:     0"));
+    // What a build script made a moment later is no different.
+    xc.overlay(
+        "fresh",
+        "d=$(mktemp -d); cd $d; mkdir etc; echo x >etc/fresh; tar -cf - etc; rm -r $d",
+    );
+    xc.ok(&["ximage", "fresh"]);
+    let extended = fs::read(xc.image()).unwrap();
+    xc.ok(&["mkimage", "--version=1.2.3"]);
+    std::thread::sleep(Duration::from_millis(1100));
+    xc.ok(&["ximage", "fresh"]);
+    assert!(fs::read(xc.image()).unwrap() == extended);
     let list = fs::read_to_string(xc.path("ws/xcluster/base-libs.txt")).unwrap();
     assert!(list.lines().any(|l| l.ends_with("/libc.so.6")), "{list}");
     xc.ok(&["mkimage", "--fs=ext3", "--size=300M"]);
