@@ -82,9 +82,32 @@ impl Xc {
         own
     }
 
+    /// Of an ordinary user, with the kernel.
+    pub fn of_user(uid: u32) -> Self {
+        let (kernel, _) = kernel();
+        let mut own = Self::in_lab(Lab::of_user(uid));
+        let copy = own.path("bzImage");
+        fs::copy(kernel, &copy).unwrap();
+        own.set("__kbin", copy.to_str().unwrap());
+        // Root's folders are not theirs.
+        let packages = own.path(BUSYBOX);
+        let _ = fs::remove_file(&packages);
+        if busybox().exists() {
+            let copied = command("cp").arg("-a").arg(busybox()).arg(&packages).status();
+            assert!(copied.unwrap().success());
+        }
+        let owner = format!("{uid}:{uid}");
+        let given = command("chown").args(["-R", &owner]).arg(own.path("ws")).arg(copy).status();
+        assert!(given.unwrap().success());
+        own
+    }
+
     /// With nothing built at all.
     pub fn bare() -> Self {
-        let lab = Lab::new();
+        Self::in_lab(Lab::new())
+    }
+
+    fn in_lab(lab: Lab) -> Self {
         let mut own = Self { lab, variables: Vec::new() };
         let text = |path: PathBuf| path.to_str().unwrap().to_owned();
         own.set("HOME", &text(own.path("user")));

@@ -211,6 +211,24 @@ fn a_node_that_does_not_answer_is_named_and_left_to_be_looked_at() {
 }
 
 #[test]
+fn an_ordinary_user_has_clusters_too() {
+    let mut xc = Xc::of_user(12_346);
+    xc.ok(&["mkimage"]);
+    xc.ok(&["ximage", "env"]);
+    xc.ok(&["mkcdrom", "xnet"]);
+    xc.set("__nvm", "2");
+    xc.set("__nrouters", "0");
+    // Ends when both answer.
+    xc.ok(&["start"]);
+    assert_eq!(xc.says(&["status", "--quiet"]).code, 2);
+    let page = xc.says(&["nsenter", "9", "sh", "-c", "id -u; ip -o link"]);
+    assert!(page.out.starts_with("0\n"), "{page:?}");
+    xc.ok(&["nsdel", "9"]);
+    xc.lab.type_and_see("xc-vm-001", "ping -c1 -W9 192.168.1.2\n", "1 packets received");
+    xc.ok(&["stop", "--now"]);
+}
+
+#[test]
 fn a_cluster_is_described_in_one_file() {
     let xc = Xc::with_image();
     let port = 19_000 + std::process::id() % 50 * 20;
