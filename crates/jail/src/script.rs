@@ -1,5 +1,5 @@
 //! A lesser jail for build scripts that users bring: they read the host as their user does, write
-//! only where they are told to, and reach no network. For programs that must find compilers and
+//! only where they are told to, and reach no network and no service of the host. For programs that must find compilers and
 //! libraries; a hypervisor never runs in this one.
 
 use std::ffi::{CString, OsString};
@@ -16,6 +16,7 @@ use rustix::process::Signal;
 use rustix::thread::UnshareFlags;
 
 use crate::enter::{Error, at, step};
+use crate::syscalls;
 
 /// What a script keeps, besides its environment and its standard streams.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,6 +69,9 @@ pub fn run(plan: &ScriptPlan) -> Result<u8, Error> {
         leave_network()?;
     }
     write_only(&plan.writable)?;
+    if !plan.network {
+        seccompiler::apply_filter(&syscalls::no_local_sockets()?)?;
+    }
     // Everything that ends us is waited for, so that the program is ended before.
     let signals = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
     let set = block(&signals)?;

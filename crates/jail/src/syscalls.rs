@@ -263,3 +263,23 @@ pub(crate) fn no_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
     )?;
     filter.try_into()
 }
+
+/// For scripts: no socket that leads to a service of the host, whatever network they are in. Unix
+/// sockets have paths, and those are the host's; `io_uring` could make some behind the filter.
+pub(crate) fn no_local_sockets() -> Result<BpfProgram, seccompiler::BackendError> {
+    let of = |family: i32| {
+        let family = SeccompCondition::new(0, Len::Dword, Op::Eq, u64::from(family as u32))?;
+        SeccompRule::new(vec![family])
+    };
+    let rules = BTreeMap::from([
+        (libc::SYS_socket, vec![of(libc::AF_UNIX)?, of(libc::AF_VSOCK)?]),
+        (libc::SYS_io_uring_setup, Vec::new()),
+    ]);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EACCES as u32),
+        TargetArch::x86_64,
+    )?;
+    filter.try_into()
+}

@@ -6,7 +6,7 @@ use lodge_vm_tests::lab::command;
 use lodge_vm_tests::xcluster::Xc;
 
 #[test]
-fn cases_4_28_29_31_32_33_35_nodes_are_what_they_were_asked_to_be() {
+fn cases_4_22_23_28_29_31_32_33_35_nodes_are_what_they_were_asked_to_be() {
     let mut xc = Xc::with_image();
     xc.files("inimage", &[("etc/who", "image"), ("etc/onlyimage", "x")]);
     xc.ok(&["ximage", "inimage"]);
@@ -72,6 +72,9 @@ fn cases_4_28_29_31_32_33_35_nodes_are_what_they_were_asked_to_be() {
     xc.ok(&["scaleout", "2"]);
     assert_eq!(xc.says(&["rsh", "2", "cat /root/kept"]).code, 1);
     assert_eq!(xc.rsh(1, "cat /proc/sys/kernel/random/boot_id"), up);
+    // The image changes under nobody's feet.
+    xc.ok(&["ximage", "oncd"]);
+    assert_eq!(xc.rsh(1, "cat /etc/who /root/kept"), "mine\nkept\n");
     xc.ok(&["stop_vm", "1"]);
     assert_eq!(xc.lab.state("xc-vm-001"), "paused");
     xc.ok(&["reset_vm", "1"]);

@@ -45,6 +45,7 @@ fn programs_are_given_everything_and_reach_nothing_else() {
              $XCLUSTER install_prog --dest=$tmp true nosuch; $XCLUSTER cploader --dest=$tmp\n\
              $XCLUSTER libs true >etc/libs\n\
              ip -o link >etc/links; touch {0}/x 2>etc/denied || true\n\
+             python3 -c 'import socket; socket.socket(socket.AF_UNIX)' 2>etc/socket || true\n\
              touch $XCLUSTER_WORKSPACE/here\n\
              tar -cf - *; rm -r $tmp",
             outside.path().display()
@@ -78,6 +79,8 @@ fn programs_are_given_everything_and_reach_nothing_else() {
     let links = file("etc/links");
     assert!(links.lines().count() == 1 && links.contains("lo:"), "{links}");
     assert!(file("etc/denied").contains("Permission denied"), "{}", file("etc/denied"));
+    // The daemon's socket is a way in for whoever can connect to it.
+    assert!(file("etc/socket").contains("Permission denied"), "{}", file("etc/socket"));
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
     assert!(xc.path("ws/here").exists());
     let names = command("tar").arg("-tf").arg(&tar).output().unwrap().stdout;
