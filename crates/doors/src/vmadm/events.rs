@@ -69,7 +69,12 @@ async fn heard(
 ) -> Result<(), Fault> {
     let at_us = event.at_us;
     let old = known.get(uuid).cloned();
-    let new = match session.fetch(uuid).await? {
+    // One that is about to go can still be seen when its end is told.
+    let seen = match event.kind.as_str() {
+        "removed" => None,
+        _ => session.fetch(uuid).await?,
+    };
+    let new = match seen {
         Some(detail) => view(&detail, &session.place.zones, &session.place.settings).ok(),
         None => None,
     };
