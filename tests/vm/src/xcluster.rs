@@ -114,13 +114,12 @@ impl Xc {
         own.set("XCLUSTER_WORKSPACE", &text(own.path("ws")));
         own.set("XCLUSTER_OVLPATH", &format!("{}:{}", text(own.path("ovl")), text(shipped())));
         // Clusters of tests run beside each other.
-        let base = 20_000 + (std::process::id() % 30) * 1000;
-        let number = {
-            static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-            NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 3
-        };
-        own.set("XCLUSTER_SSH_BASE", &(base + number * 300).to_string());
-        own.set("XCLUSTER_TELNET_BASE", &(base + number * 300 + 5).to_string());
+        // Below the ports that outgoing connections take.
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 40;
+        let base = 20_000 + number * 300;
+        own.set("XCLUSTER_SSH_BASE", &base.to_string());
+        own.set("XCLUSTER_TELNET_BASE", &(base + 5).to_string());
         // Fetched once for all tests.
         fs::create_dir_all(own.path("ws/xcluster/packages")).unwrap();
         if busybox().exists() {
