@@ -29,7 +29,6 @@ pub struct Piece {
 #[derive(Debug)]
 pub struct Contents {
     pub size: u64,
-    pub free: u64,
     pub label: String,
     pub uuid: [u8; 16],
     pub style: Style,
@@ -74,8 +73,8 @@ pub fn read(input: impl Read + Seek) -> Result<Contents, Error> {
             tree.insert(node)?;
         }
     }
-    let Reader { size, free, label, uuid, style, .. } = reader;
-    Ok(Contents { size, free, label, uuid, style, tree })
+    let Reader { size, label, uuid, style, .. } = reader;
+    Ok(Contents { size, label, uuid, style, tree })
 }
 
 fn damaged<T>(path: &str, what: &str) -> Result<T, Error> {
@@ -120,7 +119,6 @@ struct Reader<R> {
     /// First block of each group's inode table.
     tables: Vec<u64>,
     size: u64,
-    free: u64,
     label: String,
     uuid: [u8; 16],
     style: Style,
@@ -177,7 +175,6 @@ impl<R: Read + Seek> Reader<R> {
         let tables = descriptors.chunks(descriptor as usize).map(|d| {
             u64::from(u32_at(d, 8)) | if wide { u64::from(u32_at(d, 40)) << 32 } else { 0 }
         });
-        let free = u64::from(long(12)) | if wide { u64::from(long(344)) << 32 } else { 0 };
         let label = s[120..136].split(|b| *b == 0).next().unwrap_or_default();
         let (label, mut uuid) = (String::from_utf8_lossy(label).into_owned(), [0; 16]);
         uuid.copy_from_slice(&s[104..120]);
@@ -190,7 +187,6 @@ impl<R: Read + Seek> Reader<R> {
             inodes_per_group: per_group,
             inode_size,
             size,
-            free: free.min(blocks) * block,
             label,
             uuid,
             style: if incompatible & 0x40 != 0 { Style::Ext4 } else { Style::Ext3 },

@@ -35,8 +35,6 @@ pub struct Make {
 pub struct Read {
     pub make: Make,
     pub tree: Tree<Content>,
-    /// Bytes that hold nothing yet.
-    pub free: u64,
 }
 
 /// Reads the names on a disk; contents are read when they are needed.
@@ -58,11 +56,11 @@ pub fn read(path: &Path) -> Result<Read, String> {
         }
     };
     let size = source.seek(SeekFrom::End(0)).map_err(|e| text(&e))?;
-    let ext4::read::Contents { label, uuid, style, tree, free, .. } =
+    let ext4::read::Contents { label, uuid, style, tree, .. } =
         ext4::read::read(&mut source).map_err(|e| text(&e))?;
     let disk = Rc::new(RefCell::new(source));
     let tree = tree.map(|pieces| Content::Pieces(disk.clone(), pieces.into()));
-    Ok(Read { make: Make { size, format, style, label, uuid }, tree, free })
+    Ok(Read { make: Make { size, format, style, label, uuid }, tree })
 }
 
 /// Keeps others from making disks in the same folder for as long as it lives. Waits for those who

@@ -102,7 +102,9 @@ pub fn extend(
     lock.write(&found.tree, &found.make)
 }
 
-/// Of what an image says that it was made. Empty for those that do not say.
+/// Of what an image says that it was made. Empty for those that do not say. The calling thread
+/// writes to no file from then on.
 pub fn layers(path: &Path) -> Result<Vec<Made>, String> {
+    script::write_only(&[]).map_err(|e| e.to_string())?;
     read(path).map(|found| provenance::of(&found.tree))
 }

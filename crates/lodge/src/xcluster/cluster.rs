@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lodge_doors::native::wire::Client;
 use lodge_doors::xcluster::DOOR;
@@ -16,7 +16,7 @@ use lodge_spec::names::NetName;
 use lodge_spec::request::{Condition, Page, Refusal, Reply, Request};
 use lodge_spec::state::{Detail, State};
 
-use super::{Session, ask, foreign, nets, print, say};
+use super::{Session, ask, foreign, nets, print, say, told};
 use crate::console;
 
 /// Ctrl-], as the interrupt character of old.
@@ -51,7 +51,7 @@ impl Session {
         };
         let cdrom = self.settings.path("__cdrom");
         let base = |name, default| -> Result<u16> {
-            let number = self.settings.number(name, default).map_err(|why| anyhow!(why))?;
+            let number = told(self.settings.number(name, default))?;
             u16::try_from(number)
                 .ok()
                 .filter(|n| *n < 65_000)
@@ -105,16 +105,16 @@ impl Session {
         if self.line.words.is_empty() {
             bail!("{} needs the number of a VM", self.line.command.name);
         }
-        self.line.words.iter().map(|w| nodes::id(w).map_err(|why| anyhow!(why))).collect()
+        self.line.words.iter().map(|w| told(nodes::id(w))).collect()
     }
 
     fn vm_of(&self, id: u8, words: &[String]) -> Result<Vm> {
-        nodes::vm(&self.settings, id, words).map_err(|why| anyhow!(why))
+        told(nodes::vm(&self.settings, id, words))
     }
 
     pub(super) async fn start(&self, consoles: Consoles) -> Result<u8> {
         let cluster = self.cluster()?;
-        let ids = nodes::all(&self.settings).map_err(|why| anyhow!(why))?;
+        let ids = told(nodes::all(&self.settings))?;
         let vms = ids.iter().map(|id| self.vm_of(*id, &[])).collect::<Result<Vec<_>>>()?;
         let mut client = self.client().await?;
         let before = self.machines(&mut client).await?;
@@ -126,27 +126,43 @@ impl Session {
         let (cluster, ids) = (self.cluster()?, self.ids()?);
         let vms = ids.iter().map(|id| self.vm_of(*id, &[])).collect::<Result<Vec<_>>>()?;
         let mut client = self.client().await?;
-        let known: BTreeSet<u8> =
-            self.machines(&mut client).await?.into_iter().map(|(id, _)| id).collect();
-        if let Some(id) = ids.iter().find(|id| known.contains(id)) {
-            bail!("Node already active [{id}]");
-        }
+        self.refuse_active(&mut client, &ids).await?;
         self.bring_up(&cluster, &vms, Consoles::Windows).await
     }
 
     pub(super) async fn one_more(&self, consoles: Consoles) -> Result<u8> {
         let (cluster, ids) = (self.cluster()?, self.ids()?);
         let mut client = self.client().await?;
-        if self.machines(&mut client).await?.iter().any(|(id, _)| *id == ids[0]) {
-            bail!("Node already active [{}]", ids[0]);
-        }
+        self.refuse_active(&mut client, &ids[..1]).await?;
         self.bring_up(&cluster, &[self.vm_of(ids[0], &[])?], consoles).await
+    }
+
+    /// A VM that is there already is left alone.
+    async fn refuse_active(&self, client: &mut Client, ids: &[u8]) -> Result<()> {
+        let machines = self.machines(client).await?;
+        let active = |id: &&u8| machines.iter().any(|(known, _)| known == *id);
+        match ids.iter().find(active) {
+            Some(id) => bail!("Node already active [{id}]"),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a VM and starts it; one that does not start is not kept. Its machine's name.
+    async fn launch(&self, client: &mut Client, cluster: &Cluster, vm: &Vm) -> Result<String> {
+        let target = machines::name(&cluster.name, vm.id);
+        let draft = Box::new(machines::draft(cluster, vm));
+        ask(client, Request::Create { draft }).await?;
+        if let Err(error) = ask(client, Request::Start { target: target.clone() }).await {
+            let _ = client.ask(&Request::Remove { target, force: true }).await;
+            return Err(error);
+        }
+        Ok(target)
     }
 
     /// Starts VMs, a few at a time, and waits until each answers. What does not is named.
     async fn bring_up(&self, cluster: &Cluster, vms: &[Vm], consoles: Consoles) -> Result<u8> {
         let pace = self.pace().await?;
-        let patience = self.settings.number("__timeout", PATIENCE).map_err(|why| anyhow!(why))?;
+        let patience = told(self.settings.number("__timeout", PATIENCE))?;
         let mut waiting = vms.iter();
         let mut under_way = FuturesUnordered::new();
         let mut lost = Vec::new();
@@ -182,13 +198,7 @@ impl Session {
 
     async fn bring_up_one(&self, cluster: &Cluster, vm: &Vm, patience: u64) -> Result<()> {
         let mut client = self.client().await?;
-        let target = machines::name(&cluster.name, vm.id);
-        let draft = Box::new(machines::draft(cluster, vm));
-        ask(&mut client, Request::Create { draft }).await?;
-        if let Err(error) = ask(&mut client, Request::Start { target: target.clone() }).await {
-            let _ = client.ask(&Request::Remove { target, force: true }).await;
-            return Err(error);
-        }
+        let target = self.launch(&mut client, cluster, vm).await?;
         // A VM without net 0 has nowhere to answer.
         let until = if vm.nets.contains(&0) { Condition::Ready } else { Condition::Running };
         let timeout_ms = Some(patience.saturating_mul(1000));
@@ -197,7 +207,7 @@ impl Session {
 
     /// How many may boot at once: where guests are emulated, as many as there are cores.
     async fn pace(&self) -> Result<usize> {
-        let own = self.settings.number("__pace", 0).map_err(|why| anyhow!(why))?;
+        let own = told(self.settings.number("__pace", 0))?;
         if own > 0 {
             return Ok(own as usize);
         }
@@ -249,20 +259,12 @@ impl Session {
 
     /// One VM with its console on this terminal.
     pub(super) async fn boot_vm(&self) -> Result<u8> {
-        let id = nodes::id(self.word(0, "the number of a VM")?).map_err(|why| anyhow!(why))?;
+        let id = told(nodes::id(self.word(0, "the number of a VM")?))?;
         let cluster = self.cluster()?;
         let vm = self.vm_of(id, &self.line.words[1..])?;
         let mut client = self.client().await?;
-        if self.machines(&mut client).await?.iter().any(|(known, _)| *known == id) {
-            bail!("Node already active [{id}]");
-        }
-        let draft = Box::new(machines::draft(&cluster, &vm));
-        ask(&mut client, Request::Create { draft }).await?;
-        let target = machines::name(&cluster.name, id);
-        if let Err(error) = ask(&mut client, Request::Start { target: target.clone() }).await {
-            let _ = client.ask(&Request::Remove { target, force: true }).await;
-            return Err(error);
-        }
+        self.refuse_active(&mut client, &[id]).await?;
+        let target = self.launch(&mut client, &cluster, &vm).await?;
         self.attach(&mut client, &target).await?;
         Ok(0)
     }
@@ -346,7 +348,7 @@ impl Session {
             .map(|(id, _)| id)
             .collect();
         let count = |name, default, least: u64| -> Result<u8> {
-            let n = self.settings.number(name, default).map_err(|why| anyhow!(why))?;
+            let n = told(self.settings.number(name, default))?;
             Ok(n.max(least).min(200) as u8)
         };
         let (vms, routers, testers) =

@@ -16,8 +16,9 @@ use super::{Session, foreign, print, say, told};
 
 impl Session {
     pub(super) fn mkimage(&self) -> Result<u8> {
-        let kernel = self.kernel()?;
-        let base = self.base(&kernel)?;
+        // Its modules are in the image.
+        self.kernel()?;
+        let base = self.base()?;
         let make = Make {
             size: self.size()?,
             format: match self.settings.text("__format") {

@@ -66,7 +66,7 @@ impl Session {
     }
 
     /// What an image is made of.
-    pub(super) fn base(&self, _kernel: &Path) -> Result<Base> {
+    pub(super) fn base(&self) -> Result<Base> {
         let workspace = self.settings.path("XCLUSTER_WORKSPACE");
         let version = |name: &str| self.settings.text(name).unwrap_or_default().to_owned();
         let bb = workspace.join(version("__bbver")).join("busybox");

@@ -3,11 +3,11 @@
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use lodge_doors::xcluster::nodes;
 use lodge_host::proc::Tool;
 
-use super::{Session, foreign, nets, say};
+use super::{Session, foreign, nets, say, told};
 
 /// VMs are made anew all the time; nobody has seen their keys.
 const OPTIONS: &[&str] = &[
@@ -29,7 +29,7 @@ impl Session {
         if nets::current(&self.settings).is_some() {
             return Ok((nodes::address(0, id).to_string(), 22));
         }
-        let base = self.settings.number("XCLUSTER_SSH_BASE", 12300).map_err(|why| anyhow!(why))?;
+        let base = told(self.settings.number("XCLUSTER_SSH_BASE", 12300))?;
         Ok(("127.0.0.1".into(), base + u64::from(id)))
     }
 
@@ -40,7 +40,7 @@ impl Session {
     }
 
     fn first_id(&self) -> Result<u8> {
-        nodes::id(self.word(0, "the number of a VM")?).map_err(|why| anyhow!(why))
+        told(nodes::id(self.word(0, "the number of a VM")?))
     }
 
     /// Behind the host's port could be somebody else's VM: ours must be there.
