@@ -4,9 +4,16 @@
 pub mod cpio;
 pub mod ext4;
 pub mod fat;
+pub mod flist;
 pub mod iso9660;
 pub mod kernel;
 pub mod mdata;
 pub mod qcow2;
 pub mod sniff;
 pub mod tree;
+
+/// The entries of an flist, generated from `schema/flist.capnp` (see `xtask flist`).
+#[allow(clippy::all, unreachable_pub, unused)]
+mod flist_capnp {
+    include!("../generated/flist_capnp.rs");
+}

@@ -16,6 +16,8 @@ pub enum Kind {
     Bzip2,
     Xz,
     Zstd,
+    /// An SQLite database, as some flists are.
+    Sqlite,
     /// An ext2, ext3 or ext4 file system without a partition table.
     Ext4,
     /// A partitioned disk (MBR or GPT).
@@ -38,6 +40,7 @@ const MAGICS: &[(usize, &[u8], Kind)] = &[
     (0, b"BZh", Kind::Bzip2),
     (0, b"\xfd7zXZ\0", Kind::Xz),
     (0, b"\x28\xb5\x2f\xfd", Kind::Zstd),
+    (0, b"SQLite format 3\0", Kind::Sqlite),
     (0x438, b"\x53\xef", Kind::Ext4),
     (0x1fe, b"\x55\xaa", Kind::Partitioned),
 ];
@@ -69,6 +72,7 @@ impl std::fmt::Display for Kind {
             Kind::Bzip2 => "bzip2-compressed data",
             Kind::Xz => "xz-compressed data",
             Kind::Zstd => "zstd-compressed data",
+            Kind::Sqlite => "an SQLite database",
             Kind::Ext4 => "an ext4 file system",
             Kind::Partitioned => "a partitioned disk",
             Kind::Unknown => "a raw disk",
