@@ -5,6 +5,7 @@ pub mod backend;
 pub mod elf;
 pub mod escape;
 pub mod facts;
+pub mod flist;
 mod fdpass;
 pub mod image;
 pub mod kernel_build;

@@ -100,7 +100,8 @@ impl Images {
             | sniff::Kind::Gzip
             | sniff::Kind::Bzip2
             | sniff::Kind::Xz
-            | sniff::Kind::Zstd) => {
+            | sniff::Kind::Zstd
+            | sniff::Kind::Sqlite) => {
                 let message = format!("{} is {other}; an image is a disk", path.display());
                 return Err(Refusal::Failed { message });
             }

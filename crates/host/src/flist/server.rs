@@ -1,0 +1,2 @@
+//! x
+pub(super) fn complain(_what: &str, _n: u32, _why: &str) {}
