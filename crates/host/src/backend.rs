@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::facts::Facts;
+use crate::flist::root::Root;
+use crate::flist::server;
 
 /// Descriptors that the plan names start here; everything below belongs to the warden.
 pub const FIRST_FD: i32 = 100;
@@ -158,6 +160,9 @@ pub struct WardenPlan {
     pub ports: Vec<Forward>,
     pub screen: Option<Screen>,
     pub mdata: Option<MdataEnd>,
+    /// A root that a process serves.
+    #[serde(default)]
+    pub root: Option<RootServer>,
     /// `console:REGEX`, `port:N` or `dhcp`.
     pub ready: Option<String>,
     pub cgroup: Cgroup,
@@ -208,6 +213,19 @@ impl MdataEnd {
     pub fn file(run: &std::path::Path) -> PathBuf {
         run.join("mdata.json")
     }
+}
+
+/// The process behind a root that is an flist.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootServer {
+    pub config: server::Config,
+    /// Under this number the jail finds its end of the socket over which it gives the file system
+    /// away.
+    pub jail: i32,
+    /// Under this one the process does.
+    pub own: i32,
+    /// What it says on its standard error.
+    pub log: PathBuf,
 }
 
 /// What the hypervisor sees of its serial console, and under which number.
@@ -361,6 +379,8 @@ impl fmt::Display for Unsupported {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survey {
     pub boot: BootFiles,
+    /// The guest's root, where that is an flist.
+    pub root: Option<Root>,
     /// One for each of the machine's disks, in order.
     pub disks: Vec<DiskFiles>,
     /// One for each of the machine's interfaces, in order.

@@ -48,6 +48,12 @@ fn receive_once(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, 
     Ok((received.bytes, fd))
 }
 
+/// Waits for one descriptor, without a runtime.
+pub(crate) fn receive_fd(socket: &impl AsFd) -> io::Result<OwnedFd> {
+    let (_, fd) = receive_once(socket.as_fd(), &mut [0])?;
+    fd.ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "nobody sent it"))
+}
+
 fn to_line(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');

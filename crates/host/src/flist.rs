@@ -3,10 +3,14 @@
 //! in which all of that happens.
 
 pub mod cache;
+pub mod create;
 pub mod fetch;
 pub mod fuse;
 mod layer;
+pub mod prepare;
+pub mod root;
 pub mod router;
 pub mod server;
 pub mod store;
+pub mod tools;
 pub mod tree;

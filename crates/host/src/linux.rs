@@ -10,13 +10,14 @@ mod snapshots;
 mod usage;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodge_machine::Store;
 use lodge_machine::host::{Command, Found, Host, Running, Sink};
 use lodge_machine::store::now_us;
-use lodge_spec::machine::Machine;
+use lodge_spec::machine::{Boot, Machine};
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::{Problem, Problems};
 use lodge_spec::request::{Change, Refusal};
@@ -27,6 +28,8 @@ use crate::backend::choose::Choice;
 use crate::backend::qemu::plan::firmware_steps;
 use crate::backend::{Launch, Survey, Unsupported};
 use crate::facts::Facts;
+use crate::flist;
+use crate::flist::root::Root;
 use crate::image::store::Images;
 use crate::paths::Paths;
 use crate::survey::Surveyor;
@@ -69,17 +72,32 @@ impl Linux {
         self.facts.get()
     }
 
-    async fn survey(&self, machine: &Machine) -> Result<Survey, Problems> {
-        let surveyor = Surveyor { paths: &self.paths, images: &self.images, store: &self.store };
-        surveyor.survey(machine).await
+    async fn survey(&self, machine: &Machine, root: Option<Root>) -> Result<Survey, Problems> {
+        let (paths, images, store) = (&self.paths, &self.images, &self.store);
+        Surveyor { paths, images, store, root }.survey(machine).await
+    }
+
+    /// Readies the root of a machine that boots from an flist, in this folder.
+    async fn root(&self, machine: &Machine, home: &Path) -> Result<Option<Root>, Problems> {
+        let Boot::Flist { flist, .. } = &machine.boot else { return Ok(None) };
+        let root = flist::root::prepare(&self.paths, machine, flist, home).await;
+        root.map(Some).map_err(|why| Problems(vec![Problem::new("flist", why)]))
     }
 
     /// How the machine would be started. Kernels never seen before are unpacked first, because
     /// the choice of the board depends on what is in them.
     pub async fn plan(&self, machine: &Machine) -> Result<Choice, Problems> {
-        let mut survey = self.survey(machine).await?;
+        // Nothing is to be left of what is only looked at.
+        let scratch = tempfile::tempdir_in(&self.paths.run);
+        let scratch = scratch.map_err(|e| Problems(vec![Problem::new("", e.to_string())]))?;
+        self.plan_in(machine, scratch.path()).await
+    }
+
+    async fn plan_in(&self, machine: &Machine, home: &Path) -> Result<Choice, Problems> {
+        let root = self.root(machine, home).await?;
+        let mut survey = self.survey(machine, root.clone()).await?;
         if launch::unpack_kernels(&survey.steps, &self.paths).await {
-            survey = self.survey(machine).await?;
+            survey = self.survey(machine, root).await?;
         }
         let facts = self.facts().await;
         if let Ok(qemu) = &facts.qemu {
@@ -146,7 +164,8 @@ impl Host for Linux {
     }
 
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
-        let choice = self.plan(&machine).await.map_err(|problems| problems.to_string())?;
+        let home = self.paths.machine(machine.id);
+        let choice = self.plan_in(&machine, &home).await.map_err(|p| p.to_string())?;
         let launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
         live::mark(&sink, "planned", &launch.notes.join("; "));
         launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;
@@ -190,7 +209,7 @@ impl Host for Linux {
 
     async fn change(&self, machine: Arc<Machine>, change: Change) -> Result<(), String> {
         let live = self.live(machine.id)?;
-        let survey = self.survey(&machine).await.map_err(|p| p.to_string())?;
+        let survey = self.survey(&machine, None).await.map_err(|p| p.to_string())?;
         launch::make(&machine, &survey.steps).await?;
         let facts = self.facts().await;
         live.change(&machine, &survey, change, facts, &self.networks).await

@@ -11,6 +11,7 @@ use lodge_spec::names::{ImageName, MachineId};
 use lodge_spec::problem::{Problem, Problems};
 
 use crate::backend::{BootFiles, DiskFiles, DiskFormat, Layer, MdataEnd, NicPlace, Step, Survey};
+use crate::flist::root::Root;
 use crate::image::store::Images;
 use crate::image::{Manifest, kernel, layer};
 use crate::net::plan::{NetPlan, tap_name};
@@ -23,6 +24,8 @@ pub struct Surveyor<'a> {
     pub paths: &'a Paths,
     pub images: &'a Images,
     pub store: &'a Store,
+    /// Of a machine whose root is an flist.
+    pub root: Option<Root>,
 }
 
 /// The user that a machine's hypervisor runs as: one of its own for root, else the caller.
@@ -47,7 +50,7 @@ impl Surveyor<'_> {
         let uid = user_of(machine.id);
         let manifest = match &machine.boot {
             Boot::Image { image, .. } => self.manifest(&mut p, "image", image).await,
-            Boot::Kernel { .. } | Boot::Firmware { .. } => None,
+            Boot::Kernel { .. } | Boot::Firmware { .. } | Boot::Flist { .. } => None,
         };
         let boot = self.boot(&mut p, machine, manifest.as_ref(), &mut steps, &run, uid);
         let mut disks = Vec::new();
@@ -64,7 +67,8 @@ impl Surveyor<'_> {
         let own = machine.ready.as_ref().map(ToString::to_string);
         let ready = own.or_else(|| manifest.and_then(|m| m.ready));
         check_ready(&mut p, ready.as_deref());
-        p.or(Survey { boot, disks, nics, files_disk, steps, run, state, uid, ready })
+        let root = self.root.clone();
+        p.or(Survey { boot, root, disks, nics, files_disk, steps, run, state, uid, ready })
     }
 
     async fn manifest(&self, p: &mut Problems, path: &str, image: &ImageName) -> Option<Manifest> {
@@ -92,6 +96,10 @@ impl Surveyor<'_> {
                 let line = format!("{} {cmdline}", manifest.cmdline).trim().to_owned();
                 (self.images.path(kernel), initrd, line, manifest.virtio_mmio)
             }
+            (Boot::Flist { cmdline, .. }, _) => {
+                let root = self.root.as_ref()?;
+                (root.kernel.clone(), root.initrd.clone(), root.cmdline(cmdline), false)
+            }
             (Boot::Image { .. }, None) => return None,
         };
         let looked = p.take("boot.kernel", kernel::look(&kernel, &self.paths.cache()))?;
@@ -106,7 +114,7 @@ impl Surveyor<'_> {
         let own_initrd = |steps: &mut Vec<Step>, from: &Path| {
             let files = layer::guest_file_count(machine, false);
             let path = run.join("initrd");
-            if files > 0 && machine.disks.is_empty() {
+            if files > 0 && puts_into_initrd(machine) {
                 let from = from.to_owned();
                 steps.push(Step::Initrd { from, path: path.clone(), files });
                 return path;
@@ -218,8 +226,9 @@ impl Surveyor<'_> {
         steps: &mut Vec<Step>,
     ) -> Option<PathBuf> {
         let files = layer::guest_file_count(machine, takes_files);
-        let in_initrd = matches!(&machine.boot, Boot::Kernel { .. }) && machine.disks.is_empty();
-        if files == 0 || in_initrd {
+        // An flist's files were put into its layer.
+        let elsewhere = puts_into_initrd(machine) || self.root.is_some();
+        if files == 0 || elsewhere {
             return None;
         }
         let path = run.join("files.tar");
@@ -260,6 +269,11 @@ impl Surveyor<'_> {
         }
         places
     }
+}
+
+/// Files go to guests without disks in their initrd.
+fn puts_into_initrd(machine: &Machine) -> bool {
+    matches!(&machine.boot, Boot::Kernel { .. }) && machine.disks.is_empty()
 }
 
 /// Files for the warden and the hypervisor that only some machines have.

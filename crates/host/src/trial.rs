@@ -147,6 +147,7 @@ fn plan(
         writes_files: false,
         binds_sockets: false,
         network: None,
+        fuse: None,
         terminal: Some(terminal),
     })
 }

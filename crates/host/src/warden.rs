@@ -6,6 +6,7 @@ pub mod console;
 mod forward;
 mod mdata;
 pub mod message;
+mod root;
 mod screen;
 mod serve;
 mod start;

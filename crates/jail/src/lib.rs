@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod in_force;
 pub mod plan;
 pub mod script;
+pub mod worker;
 
 mod enter;
 mod mounts;
@@ -13,4 +14,4 @@ mod syscalls;
 
 pub use enter::Error;
 pub use enter::run;
-pub use plan::{Bind, JailPlan};
+pub use plan::{Bind, FuseMount, JailPlan};

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use rustix::mount::{
 };
 
 use crate::enter::{Error, at};
-use crate::plan::{Bind, JailPlan};
+use crate::plan::{Bind, FuseMount, JailPlan};
 
 const RDONLY: u64 = 1;
 const NOSUID: u64 = 2;
@@ -47,6 +47,9 @@ pub(crate) fn enter_root(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
     }
     for (bind, number) in nodes.iter().zip(devices) {
         make_node(stage, bind, number, plan)?;
+    }
+    if let Some(fuse) = &plan.fuse {
+        mount_fuse(stage, fuse, plan)?;
     }
     let mounted = open_path(stage)?;
     let nodev = if nodes.is_empty() { NODEV } else { 0 };
@@ -126,6 +129,44 @@ fn place(stage: &Path, bind: &Bind, tree: &OwnedFd) -> Result<(), Error> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(tree.as_fd(), "", rustix::fs::CWD, &target, flags)
         .map_err(at("bind", &bind.source))
+}
+
+/// Mounts the file system for the jail's user alone and gives the other end away. Its server says
+/// what the owners of files are, so nobody here needs a privilege to be told.
+fn mount_fuse(stage: &Path, fuse: &FuseMount, plan: &JailPlan) -> Result<(), Error> {
+    use rustix::fs::{Mode, OFlags};
+    use rustix::mount::{MountFlags, mount};
+    let device = Path::new("/dev/fuse");
+    let end = rustix::fs::open(device, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(at("open", device))?;
+    let inside = |path: &Path| stage.join(path.strip_prefix("/").unwrap_or(path));
+    let (target, proc) = (inside(&fuse.target), inside(Path::new("/proc")));
+    for path in [&target, &proc] {
+        fs::create_dir_all(path).map_err(|e| Error::io("make", path, e))?;
+    }
+    let (uid, gid) = (plan.uid, plan.gid);
+    let options =
+        format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", end.as_raw_fd());
+    let options = c_path(Path::new(&options))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("lodge", &target, "fuse", flags, Some(options.as_c_str()))
+        .map_err(at("mount the root on", &target))?;
+    mount("proc", &proc, "proc", flags, Some(c"hidepid=2")).map_err(at("mount", &proc))?;
+    give(fuse.socket, &end).map_err(at("give away", device))
+}
+
+/// Sends a descriptor over a socket.
+fn give(socket: i32, fd: &OwnedFd) -> io::Result<()> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    // SAFETY: whoever wrote the plan opened this descriptor for us and names it there.
+    let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let bytes = [io::IoSlice::new(&[0])];
+    sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
 }
 
 fn open_path(path: &Path) -> Result<OwnedFd, Error> {

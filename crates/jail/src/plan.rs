@@ -37,6 +37,9 @@ pub struct JailPlan {
     /// A descriptor of the network namespace to live in, in place of an empty one.
     #[serde(default)]
     pub network: Option<i32>,
+    /// A file system that another process serves. The program also sees itself in `/proc`.
+    #[serde(default)]
+    pub fuse: Option<FuseMount>,
     /// What standard input and output are; nothing where absent.
     #[serde(default)]
     pub terminal: Option<i32>,
@@ -56,4 +59,13 @@ pub struct Bind {
     /// The file is code.
     #[serde(default)]
     pub executable: bool,
+}
+
+/// A file system inside the jail whose requests a process outside answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FuseMount {
+    /// Absolute path inside.
+    pub target: PathBuf,
+    /// A socket over which that process is given its end, as a descriptor with one byte.
+    pub socket: i32,
 }

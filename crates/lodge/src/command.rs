@@ -33,6 +33,7 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Man { folder } => return man(folder),
         Verb::Vmadm { words } => return vmadm::main("lodge vmadm", words),
         Verb::Cluster(verb) => return xcluster::native::cluster(verb),
+        Verb::Flist(verb) => return crate::flist::carry_out(verb),
         Verb::Kernel(verb) => return xcluster::native::kernel(verb),
         Verb::Image(Image::Make { folder, file, size, format }) => {
             return xcluster::native::folder(folder, file, size.as_deref(), format);
@@ -182,6 +183,7 @@ impl Session {
             | Verb::Vmadm { .. }
             | Verb::Xc { .. }
             | Verb::Cluster(_)
+            | Verb::Flist(_)
             | Verb::Kernel(_)
             | Verb::Xcadmin { .. }
             | Verb::Completions { .. }

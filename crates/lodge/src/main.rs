@@ -7,6 +7,7 @@ mod command;
 mod console;
 mod daemon;
 mod doctor;
+mod flist;
 mod otlp;
 mod plan;
 mod settings;
@@ -26,6 +27,9 @@ fn main() -> ExitCode {
     match (text(1), text(2), text(3)) {
         (Some(trial::INSIDE), Some(canary), None) => return trial::inside(canary),
         (Some("warden"), None, None) => return lodge_host::warden::main(),
+        (Some(lodge_host::flist::server::WORD), None, None) => {
+            return lodge_host::flist::server::main();
+        }
         (Some("netd"), Some(dir), Some(name)) => {
             return lodge_host::net::keeper::main(Path::new(dir), name);
         }

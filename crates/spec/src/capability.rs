@@ -22,6 +22,7 @@ pub enum Feature {
     Smbios,
     SecondSerial,
     Cidata,
+    FlistRoot,
 }
 
 impl Feature {
@@ -42,6 +43,7 @@ impl Feature {
             Feature::Display => "a screen",
             Feature::Smbios => "a name of its own for the guest to see",
             Feature::Cidata => "a disk for cloud-init",
+            Feature::FlistRoot => "a root that is an flist",
             Feature::SecondSerial => "a second serial port",
         }
     }
@@ -60,6 +62,10 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
     let mut need = |path: String, feature| list.push(Need { path, feature });
     match &machine.boot {
         Boot::Kernel { .. } | Boot::Image { .. } => need("boot".into(), Feature::KernelBoot),
+        Boot::Flist { .. } => {
+            need("boot".into(), Feature::KernelBoot);
+            need("flist".into(), Feature::FlistRoot);
+        }
         Boot::Firmware { firmware: Firmware::Bios, .. } => need("boot".into(), Feature::BiosBoot),
         Boot::Firmware { firmware: Firmware::Uefi, .. } => need("boot".into(), Feature::UefiBoot),
     }

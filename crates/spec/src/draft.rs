@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::flist::FlistDraft;
+
 /// A machine as asked for. All fields are optional; unknown fields are refused.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -29,6 +31,9 @@ pub struct Draft {
     /// Size of the disk made from `image`; the image's own size when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<Size>,
+    /// The machine's root, in place of an image: an flist, which also holds what boots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flist: Option<FlistDraft>,
     /// What to boot, where that is not what the image says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootDraft>,

@@ -10,6 +10,7 @@ mod clashes;
 pub mod document;
 pub mod draft;
 pub mod extras;
+pub mod flist;
 pub mod machine;
 pub mod names;
 pub mod problem;

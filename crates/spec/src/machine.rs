@@ -11,6 +11,7 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
+use crate::flist::Flist;
 use crate::extras::{self, Display, Guard, Lease, Mdata, Smbios};
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
@@ -90,6 +91,8 @@ pub enum Boot {
     Firmware { firmware: Firmware, order: Vec<BootDevice>, once: Option<BootDevice> },
     /// What the image's record says; `cmdline` is added to its own.
     Image { image: ImageName, cmdline: String },
+    /// What the flist says, with it as the root; `cmdline` is added to its own.
+    Flist { flist: Flist, cmdline: String },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -357,6 +360,10 @@ impl Machine {
             own_folder,
             origin,
         } = self;
+        let flist = match boot {
+            Boot::Flist { flist, .. } => Some(flist.to_draft()),
+            Boot::Kernel { .. } | Boot::Firmware { .. } | Boot::Image { .. } => None,
+        };
         let (image, boot) = boot_to_draft(boot);
         let own_disks = match image {
             Some(_) => &disks[1..],
@@ -388,6 +395,7 @@ impl Machine {
             })),
             image,
             image_size,
+            flist,
             boot,
             disks: Some(own_disks.iter().map(disk_to_draft).collect()),
             nics: Some(nics.iter().map(nic_to_draft).collect()),
@@ -461,6 +469,9 @@ fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
         ),
         Boot::Image { image, cmdline } => {
             (Some(image.to_string()), Some(BootDraft { cmdline: Some(cmdline.clone()), ..empty }))
+        }
+        Boot::Flist { cmdline, .. } => {
+            (None, Some(BootDraft { cmdline: Some(cmdline.clone()), ..empty }))
         }
     }
 }

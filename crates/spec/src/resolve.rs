@@ -13,6 +13,7 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
+use crate::flist::Flist;
 use crate::extras;
 use crate::machine::{
     Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
@@ -45,6 +46,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         memory,
         image,
         image_size,
+        flist,
         boot,
         disks,
         nics,
@@ -87,7 +89,11 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
     if let Some(image) = &image {
         checked.push(image_disk(image.clone(), image_size));
     }
-    let boot = resolve_boot(&mut p, image, boot);
+    if flist.is_some() && image.is_some() {
+        p.add("flist", "a machine's root is an `image` or an `flist`, not both");
+    }
+    let flist = flist.and_then(|flist| crate::flist::resolve(&mut p, flist));
+    let boot = resolve_boot(&mut p, image, flist, boot);
     for (i, disk) in disks.unwrap_or_default().into_iter().enumerate() {
         checked.extend(resolve_disk(&mut p, i, disk));
     }
@@ -229,7 +235,12 @@ fn resolve_memory(p: &mut Problems, draft: Option<MemoryDraft>) -> Memory {
     Memory { size, max }
 }
 
-fn resolve_boot(p: &mut Problems, image: Option<ImageName>, draft: Option<BootDraft>) -> Boot {
+fn resolve_boot(
+    p: &mut Problems,
+    image: Option<ImageName>,
+    flist: Option<Flist>,
+    draft: Option<BootDraft>,
+) -> Boot {
     let BootDraft { kernel, initrd, cmdline, firmware, order, once } = draft.unwrap_or_default();
     let asks_firmware = firmware.is_some() || order.is_some() || once.is_some();
     if kernel.is_some() && asks_firmware {
@@ -238,12 +249,18 @@ fn resolve_boot(p: &mut Problems, image: Option<ImageName>, draft: Option<BootDr
     if kernel.is_none() && initrd.is_some() {
         p.add("boot.initrd", "an initrd needs `boot.kernel`");
     }
-    if kernel.is_none() && image.is_none() && cmdline.is_some() {
-        p.add("boot.cmdline", "a kernel command line needs `boot.kernel` or `image`");
+    if kernel.is_none() && image.is_none() && flist.is_none() && cmdline.is_some() {
+        p.add("boot.cmdline", "a kernel command line needs `boot.kernel`, `image` or `flist`");
     }
     let cmdline = cmdline.unwrap_or_default();
     if cmdline.len() > 2000 || cmdline.chars().any(char::is_control) {
         p.add("boot.cmdline", "a command line has at most 2000 bytes and no control characters");
+    }
+    if let Some(flist) = flist {
+        if kernel.is_some() || asks_firmware {
+            p.add("boot", "an flist brings its own kernel; only `cmdline` can be added");
+        }
+        return Boot::Flist { flist, cmdline };
     }
     if let Some(kernel) = kernel {
         let kernel = host_path(p, "boot.kernel", kernel);

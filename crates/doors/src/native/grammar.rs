@@ -176,6 +176,9 @@ pub enum Verb {
     /// Clusters of machines from one image.
     #[command(subcommand)]
     Cluster(ClusterVerb),
+    /// Flists: file trees whose contents are fetched as they are read.
+    #[command(subcommand)]
+    Flist(super::flist::FlistVerb),
     /// Kernels for machines.
     #[command(subcommand)]
     Kernel(KernelVerb),
@@ -371,7 +374,7 @@ pub struct MachineFlags {
 
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Name of a stored image.
+    /// Name of a stored image, or path or URL of an flist.
     pub image: Option<String>,
     #[command(flatten)]
     pub machine: MachineFlags,
@@ -414,7 +417,7 @@ pub struct Set {
     pub remove_nic: Vec<String>,
 }
 
-fn absolute(path: &std::path::Path) -> String {
+pub(super) fn absolute(path: &std::path::Path) -> String {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     path.to_string_lossy().into_owned()
 }
@@ -450,6 +453,7 @@ impl MachineFlags {
             ready,
             rm,
         } = self;
+        let (image, flist) = super::flist::root(image);
         let boots = kernel.is_some() || initrd.is_some() || append.is_some();
         let boot = boots.then(|| BootDraft {
             kernel: kernel.as_deref().map(absolute),
@@ -491,6 +495,7 @@ impl MachineFlags {
             cpus: cpus.map(lodge_spec::draft::CpusDraft::Count),
             memory: memory.map(MemoryDraft::Text),
             image,
+            flist,
             boot,
             disks: (!disks.is_empty()).then_some(disks),
             nics,

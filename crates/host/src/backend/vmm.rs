@@ -159,6 +159,7 @@ pub(crate) fn jail(
         writes_files: false,
         binds_sockets: false,
         network: None,
+        fuse: None,
         terminal: Some(TERMINAL),
     }
 }
@@ -188,6 +189,7 @@ pub(crate) fn warden(
         ports: Forward::all(machine),
         screen: None,
         mdata: None,
+        root: None,
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,

@@ -226,6 +226,11 @@ impl Fetcher {
         Err(said.join("; "))
     }
 
+    /// A block's bytes straight from the stores.
+    pub fn plain(&self, index: &Index, number: u32, limit: u32) -> Result<Vec<u8>, String> {
+        self.fetch(index, &index.block(number), limit, Instant::now() + self.patience)
+    }
+
     /// Which blocks were used so far, in order; from now on that is not written down any more.
     pub fn used_first(&self) -> Vec<u32> {
         let mut state = self.state.lock().expect("not poisoned");

@@ -57,8 +57,7 @@ impl Images {
         let tree = work.path().join("tree.tar");
         self.bootstrap(work.path(), &tree, packages, &tell).await?;
         let (own, name, blobs) = (self.clone(), name.clone(), tell.clone());
-        let list: Vec<&str> =
-            recipe::PACKAGES.iter().copied().chain(packages.iter().map(String::as_str)).collect();
+        let list = recipe::packages(packages);
         let made_from = format!("Debian {} packages: {}", recipe::SUITE, list.join(" "));
         let made = move || own.assemble(&tree, size, &blobs);
         let made = tokio::task::spawn_blocking(made).await.map_err(Refusal::failed)?;
@@ -96,8 +95,7 @@ impl Images {
         let (early, late) = (work.join("early.tar"), work.join("late.tar"));
         write_overlay(&early, recipe::EARLY, &[]).map_err(Refusal::failed)?;
         write_overlay(&late, recipe::LATE, recipe::LINKS).map_err(Refusal::failed)?;
-        let all: Vec<&str> =
-            recipe::PACKAGES.iter().copied().chain(packages.iter().map(String::as_str)).collect();
+        let all = recipe::packages(packages);
         // Its mounts are in a namespace that ends with it, and its tree is in our scratch; without
         // root it makes a namespace itself, in which our scratch is not its own.
         let root = rustix::process::geteuid().is_root();

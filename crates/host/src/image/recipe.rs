@@ -7,7 +7,7 @@ pub(super) type Overlay = (&'static str, u32, &'static str);
 pub(super) const SUITE: &str = "bookworm";
 
 /// Packages of every image; `--packages` adds to them.
-pub(super) const PACKAGES: &[&str] = &[
+const PACKAGES: &[&str] = &[
     "systemd-sysv",
     "udev",
     "dbus",
@@ -25,9 +25,18 @@ pub(super) const CMDLINE: &str = "console=ttyS0 root=/dev/vda rw quiet";
 /// What the guest prints when it can be used.
 pub(super) const READY: &str = "console:^lodge-ready";
 
-/// Kernel modules of the initial RAM disk: what finds the root on every board.
-const MODULES: &str =
-    "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\ncrc32c_generic\n";
+/// Kernel modules of the initial RAM disk: what finds the root on every board, a shared one too.
+/// Those that a kernel does not have are left out.
+const MODULES: &str = "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\n\
+                       crc32c_generic\n9p\n9pnet\n9pnet_virtio\nvirtiofs\n";
+
+/// What an image is made of. A kernel among what is added takes the place of the usual one.
+pub(super) fn packages(added: &[String]) -> Vec<&str> {
+    let own_kernel = added.iter().any(|p| p.starts_with("linux-image-"));
+    let usual = PACKAGES.iter().copied();
+    let usual = usual.filter(|p| !own_kernel || !p.starts_with("linux-image-"));
+    usual.chain(added.iter().map(String::as_str)).collect()
+}
 
 /// There before the kernel's package is, which builds the initial RAM disk.
 pub(super) const EARLY: &[Overlay] = &[

@@ -101,6 +101,16 @@ impl Layer {
 
     /// Lays all entries over a tree, owned by root and of one time; how many there were.
     pub fn lay_into(&self, tree: &mut Tree<Content>, time: u32) -> Result<usize, String> {
+        self.lay(tree, Some(time))
+    }
+
+    /// Lays all entries over a tree with the owners and times that they have.
+    pub fn lay_as_packed(&self, tree: &mut Tree<Content>) -> Result<usize, String> {
+        self.lay(tree, None)
+    }
+
+    /// `of_root`: all belong to root and have this time.
+    fn lay(&self, tree: &mut Tree<Content>, of_root: Option<u32>) -> Result<usize, String> {
         let text = |e: &dyn std::fmt::Display| format!("{}: {e}", self.name);
         let mut count = 0;
         let reader = BufReader::with_capacity(1 << 16, At { file: &*self.file, at: 0 });
@@ -131,7 +141,11 @@ impl Layer {
                 }
                 Content::Within(self.file.clone(), at)
             };
-            let node = Node { uid: 0, gid: 0, time, ..node.with(|()| content) };
+            let node = node.with(|()| content);
+            let node = match of_root {
+                Some(time) => Node { uid: 0, gid: 0, time, ..node },
+                None => node,
+            };
             tree.lay(node).map_err(|e| text(&e))?;
         }
         Ok(count)

@@ -55,6 +55,9 @@ impl Shared {
     }
 }
 
+/// What a guest has written to its root is safe within this, or may be lost.
+const ROOT_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Serves until the hypervisor has ended, then leaves its exit status behind.
 pub(super) fn serve(started: Started) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -76,6 +79,7 @@ async fn run(started: Started) {
         listeners,
         screen,
         mdata,
+        root,
     } = started;
     let ready = plan.ready.as_deref().unwrap_or("");
     let regex = ready.strip_prefix("console:").and_then(|r| Regex::new(r).ok());
@@ -116,6 +120,7 @@ async fn run(started: Started) {
         }
     }
     let stderr = tokio::task::spawn_local(read_stderr(stderr));
+    let root = root.map(|child| tokio::task::spawn_local(watch_root(shared.clone(), child.id())));
     let exit = await_exit(pid).await;
     // Whoever hears of the end finds the ports free.
     for forward in forwards {
@@ -127,6 +132,10 @@ async fn run(started: Started) {
     let _ = tokio::time::timeout(patience, console).await;
     let stderr = tokio::time::timeout(patience, stderr).await;
     let stderr = stderr.ok().and_then(Result::ok).unwrap_or_default();
+    if let Some(root) = root {
+        // It ends by itself when nobody has the file system mounted, everything safe on the disk.
+        let _ = tokio::time::timeout(ROOT_PATIENCE, root).await;
+    }
     let panic = shared.status.borrow().panic.clone();
     let (code, signal) = exit;
     let exit = Exit { code, signal, stderr, panic };
@@ -138,6 +147,14 @@ async fn run(started: Started) {
     // Lets those who are connected hear it.
     tokio::task::yield_now().await;
     tokio::time::sleep(Duration::from_millis(10)).await;
+}
+
+/// Waits for the end of the process that serves the root, which is to come after the hypervisor's.
+async fn watch_root(shared: Rc<Shared>, pid: u32) {
+    let (code, _) = await_exit(pid).await;
+    if code != Some(0) {
+        shared.mark("root-lost", "the process that serves the root ended; the guest cannot read");
+    }
 }
 
 /// Lets people see the screen at a place, or nowhere.

@@ -13,7 +13,7 @@ use std::process::Stdio;
 use lodge_jail::cgroup;
 use lodge_spec::machine::Protocol;
 
-use super::{message, screen};
+use super::{message, root, screen};
 use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
 use crate::net::client;
 use crate::paths;
@@ -34,6 +34,8 @@ pub(super) struct Started {
     pub(super) screen: Option<TcpListener>,
     /// Our end of the second serial port.
     pub(super) mdata: Option<UnixStream>,
+    /// The process that serves the root.
+    pub(super) root: Option<std::process::Child>,
 }
 
 pub(super) enum Bound {
@@ -83,6 +85,7 @@ pub(super) fn start() -> Result<Started, String> {
         }
         None => None,
     };
+    let root = plan.root.as_ref().map(root::start).transpose()?;
     let (status, theirs) = UnixStream::pair().map_err(text("status"))?;
     place(theirs, plan.jail.status_fd)?;
     let limits = &plan.cgroup;
@@ -108,6 +111,7 @@ pub(super) fn start() -> Result<Started, String> {
         listeners,
         screen,
         mdata,
+        root,
     })
 }
 
@@ -144,6 +148,7 @@ fn open_console(end: ConsoleEnd) -> io::Result<OwnedFd> {
 fn lent(plan: &WardenPlan) -> Vec<i32> {
     let mut list = plan.jail.keep_fds.clone();
     list.push(plan.jail.status_fd);
+    list.extend(plan.root.iter().map(|root| root.jail));
     list.extend(plan.taps.iter().filter(|tap| tap.opened_by.is_some()).map(|tap| tap.fd));
     if let ConsoleEnd::Terminal(fd) = plan.console {
         list.push(fd);
@@ -193,7 +198,7 @@ fn open_file(file: &OpenFile) -> Result<File, String> {
 }
 
 /// Gives a descriptor the number that the plan says, and lets it be inherited.
-fn place(fd: impl Into<OwnedFd>, number: i32) -> Result<(), String> {
+pub(super) fn place(fd: impl Into<OwnedFd>, number: i32) -> Result<(), String> {
     let fd: OwnedFd = fd.into();
     // SAFETY: `dup2` onto a number of the plan's range, which nothing in this process uses.
     let placed = unsafe { libc::dup2(fd.as_raw_fd(), number) };

@@ -58,7 +58,7 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
             virtio_mmio,
             pci: !cmdline.contains("pci=off"),
         },
-        Boot::Firmware { .. } | Boot::Image { .. } => BootFiles::Firmware,
+        Boot::Firmware { .. } | Boot::Image { .. } | Boot::Flist { .. } => BootFiles::Firmware,
     };
     let disks = machine.disks.iter().map(|disk| DiskFiles {
         bytes: 1 << 30,
@@ -84,6 +84,7 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
         address: "10.0.2.15".parse().unwrap(),
     });
     Survey {
+        root: None,
         boot,
         disks: disks.collect(),
         nics: nics.collect(),

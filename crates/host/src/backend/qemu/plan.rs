@@ -6,7 +6,7 @@ mod extras;
 
 pub(crate) use devices::{block_nodes, disk_device, nic_device};
 
-use lodge_jail::{Bind, JailPlan};
+use lodge_jail::{Bind, FuseMount, JailPlan};
 use lodge_spec::capability::{Feature, Need, needs};
 use lodge_spec::machine::{Accel, BackendKind, Board, Boot, BootDevice, Firmware, Machine};
 use serde_json::json;
@@ -44,6 +44,7 @@ pub fn features(board: Board, qemu: &QemuFacts) -> Vec<Feature> {
             Feature::Smbios,
             Feature::SecondSerial,
             Feature::Cidata,
+            Feature::FlistRoot,
         ]),
     }
     if board == Board::Q35 && qemu.uefi.is_some() {
@@ -315,6 +316,7 @@ fn warden(
     args.add("-serial", "chardev:console");
     let mdata = extras::second_serial(&mut args, machine, survey);
     let screen = extras::screen(&mut args, machine, survey);
+    let root = extras::root(&mut args, survey);
     let status_fd = args.next_fd();
     let Arguments { argv, binds, files, taps, mut kept, .. } = args;
     kept.extend([qmp_fd, console_fd]);
@@ -337,9 +339,10 @@ fn warden(
         stage: survey.run.clone(),
         cgroups: Vec::new(),
         status_fd,
-        writes_files: machine.shares.iter().any(|s| !s.read_only),
+        writes_files: machine.shares.iter().any(|s| !s.read_only) || root.is_some(),
         binds_sockets: false,
         network: None,
+        fuse: root.as_ref().map(|root| FuseMount { target: extras::ROOT.into(), socket: root.jail }),
         terminal: None,
     };
     WardenPlan {
@@ -354,6 +357,7 @@ fn warden(
         ports: Forward::all(machine),
         screen,
         mdata,
+        root,
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,

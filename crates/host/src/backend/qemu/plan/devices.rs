@@ -124,7 +124,8 @@ fn boot_ranks(machine: &Machine) -> Vec<BootDevice> {
         }
         Boot::Firmware { firmware: Firmware::Bios, .. }
         | Boot::Kernel { .. }
-        | Boot::Image { .. } => Vec::new(),
+        | Boot::Image { .. }
+        | Boot::Flist { .. } => Vec::new(),
     }
 }
 

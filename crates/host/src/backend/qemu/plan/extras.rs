@@ -6,8 +6,10 @@ use lodge_spec::machine::{BackendKind, Machine};
 
 use super::devices::Arguments;
 use crate::backend::qemu::QemuFacts;
-use crate::backend::{MdataEnd, Screen, Survey, Unsupported};
+use crate::backend::{MdataEnd, RootServer, Screen, Survey, Unsupported};
 
+/// Where a root that is an flist is mounted, inside.
+pub(super) const ROOT: &str = "/root";
 /// The file with the screen's password, inside.
 const PASSWORD: &str = "/vnc-password";
 
@@ -92,4 +94,16 @@ pub(super) fn screen(
     args.add("-chardev", format!("socket,id=screen,fd={fd},server=on,wait=off"));
     args.add("-mon", "chardev=screen,mode=control");
     Some((screen, fd))
+}
+
+/// A root that is an flist, as a 9p share with the tag that the flist's command line names. Owners
+/// and modes are attributes by name, so the hypervisor needs no privilege to keep them.
+pub(super) fn root(args: &mut Arguments, survey: &Survey) -> Option<RootServer> {
+    let root = survey.root.as_ref()?;
+    let (jail, own) = (args.next_fd(), args.next_fd());
+    let options = "multidevs=forbid,security_model=mapped-xattr";
+    args.add("-fsdev", format!("local,id=root,path={ROOT},{options}"));
+    args.add("-device", "virtio-9p-pci,id=fs-root,fsdev=root,mount_tag=root");
+    let log = survey.state.join("flist.log");
+    Some(RootServer { config: root.config(own, survey.uid), jail, own, log })
 }

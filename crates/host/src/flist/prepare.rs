@@ -1,0 +1,273 @@
+//! Before a machine boots from an flist: files are put into its layer, and what boots is found and
+//! taken out. Every path is the guest's and is resolved within the guest's root.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::layer::Attr;
+use super::tree::{ROOT, Tree, now};
+
+/// Symbolic links that are followed in one path.
+const MAX_HOPS: u32 = 40;
+/// Kernels and initial RAM disks are smaller than this.
+const MAX_BOOT_FILE: u64 = 1 << 30;
+const MAX_YAML: u64 = 1 << 20;
+const STEP: usize = 1 << 20;
+
+/// Files to put in, and where what is taken out goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    pub files: Vec<Put>,
+    /// A folder for `kernel` and `initrd`.
+    pub out: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Put {
+    pub path: String,
+    /// Permission bits of a file that is not there yet.
+    pub mode: u32,
+    pub content: Vec<u8>,
+}
+
+/// How the flist boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// It says so itself in `boot/boot.yaml`.
+    pub by_yaml: bool,
+    pub initrd: bool,
+    /// What it adds to the kernel's command line.
+    pub cmdline: String,
+    /// It wants nothing else on the command line.
+    pub nodefault: bool,
+    /// Files that were put in.
+    pub files: usize,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct BootYaml {
+    kernel: String,
+    initrd: String,
+    cmdline: String,
+    nodefault: bool,
+}
+
+pub(super) fn prepare(tree: &Tree, order: &Order) -> Result<Found, String> {
+    for file in &order.files {
+        put(tree, file).map_err(|why| format!("cannot put {:?} into the root: {why}", file.path))?;
+    }
+    let mut found = find(tree, &order.out)?;
+    found.files = order.files.len();
+    Ok(found)
+}
+
+fn find(tree: &Tree, out: &Path) -> Result<Found, String> {
+    let none = |why: String| format!("failed to open boot/boot.yaml: {why}");
+    let yaml = match walk(tree, "/boot/boot.yaml") {
+        Ok(ino) => ino,
+        Err(why) => match walk(tree, "/boot/vmlinuz") {
+            Ok(kernel) => return found_kernel(tree, kernel, out),
+            Err(_) => return Err(none(format!("{why}; nor is there a /boot/vmlinuz"))),
+        },
+    };
+    let text = read_whole(tree, yaml, MAX_YAML).map_err(none)?;
+    let text = String::from_utf8(text).map_err(|e| none(e.to_string()))?;
+    let boot: BootYaml =
+        serde_saphyr::from_str(&text).map_err(|e| format!("boot/boot.yaml: {e}"))?;
+    if boot.kernel.is_empty() {
+        return Err("boot/boot.yaml: the key `kernel` is missing; it names the kernel".into());
+    }
+    let take = |key: &str, path: &str, name: &str| {
+        let path = clean(path);
+        let taken = walk(tree, &path).and_then(|ino| copy(tree, ino, &out.join(name)));
+        taken.map_err(|why| format!("boot/boot.yaml: {key} {path}: {why}"))
+    };
+    take("kernel", &boot.kernel, "kernel")?;
+    let initrd = !boot.initrd.is_empty();
+    if initrd {
+        take("initrd", &boot.initrd, "initrd")?;
+    }
+    let BootYaml { cmdline, nodefault, .. } = boot;
+    Ok(Found { by_yaml: true, initrd, cmdline, nodefault, files: 0 })
+}
+
+fn found_kernel(tree: &Tree, kernel: u64, out: &Path) -> Result<Found, String> {
+    let at = |name: &str| {
+        let name = name.to_owned();
+        move |why: String| format!("/boot/{name}: {why}")
+    };
+    copy(tree, kernel, &out.join("kernel")).map_err(at("vmlinuz"))?;
+    let initrd = walk(tree, "/boot/initrd.img").ok();
+    if let Some(ino) = initrd {
+        copy(tree, ino, &out.join("initrd")).map_err(at("initrd.img"))?;
+    }
+    let (initrd, cmdline) = (initrd.is_some(), String::new());
+    Ok(Found { by_yaml: false, initrd, cmdline, nodefault: false, files: 0 })
+}
+
+/// A path as if the root were all there is: `..` goes no higher.
+fn clean(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    format!("/{}", parts.join("/"))
+}
+
+/// The inode of a path, links in it followed within the root.
+fn walk(tree: &Tree, path: &str) -> Result<u64, String> {
+    let mut hops = 0;
+    let mut parts: Vec<Vec<u8>> =
+        path.split('/').rev().map(|part| part.as_bytes().to_vec()).collect();
+    let mut at = vec![ROOT];
+    while let Some(part) = parts.pop() {
+        match part.as_slice() {
+            b"" | b"." => continue,
+            b".." => {
+                if at.len() > 1 {
+                    at.pop();
+                }
+                continue;
+            }
+            _ => {}
+        }
+        let layer = tree.layer();
+        let here = *at.last().expect("the root");
+        let ino = tree.lookup_in(&layer, here, &part).map_err(|e| e.to_string())?;
+        let attr = tree.attr_in(&layer, ino).map_err(|e| e.to_string())?;
+        if !attr.is(libc::S_IFLNK) {
+            at.push(ino);
+            continue;
+        }
+        hops += 1;
+        if hops > MAX_HOPS {
+            return Err("too many symbolic links".into());
+        }
+        if attr.target.starts_with(b"/") {
+            at.truncate(1);
+        }
+        parts.extend(attr.target.split(|b| *b == b'/').rev().map(<[u8]>::to_vec));
+    }
+    Ok(*at.last().expect("the root"))
+}
+
+fn read_whole(tree: &Tree, ino: u64, most: u64) -> Result<Vec<u8>, String> {
+    let attr = tree.attr(ino).map_err(|e| e.to_string())?;
+    if !attr.is(libc::S_IFREG) {
+        return Err("it is not a file".into());
+    }
+    if attr.size > most {
+        return Err(format!("it is larger than {most} bytes"));
+    }
+    tree.read(ino, 0, attr.size as usize).map_err(|e| e.to_string())
+}
+
+fn copy(tree: &Tree, ino: u64, to: &Path) -> Result<(), String> {
+    let attr = tree.attr(ino).map_err(|e| e.to_string())?;
+    if !attr.is(libc::S_IFREG) {
+        return Err("it is not a file".into());
+    }
+    if attr.size == 0 || attr.size > MAX_BOOT_FILE {
+        return Err(format!("a file of {} bytes does not boot", attr.size));
+    }
+    let text = |e: std::io::Error| format!("{}: {e}", to.display());
+    let _ = std::fs::remove_file(to);
+    let mut out = File::create_new(to).map_err(text)?;
+    let mut at = 0;
+    while at < attr.size {
+        let bytes = tree.read(ino, at, STEP).map_err(|e| e.to_string())?;
+        out.write_all(&bytes).map_err(text)?;
+        at += bytes.len() as u64;
+    }
+    Ok(())
+}
+
+fn attr(mode: u32) -> Attr {
+    let time = now();
+    Attr {
+        mode,
+        uid: 0,
+        gid: 0,
+        size: if mode & libc::S_IFMT == libc::S_IFDIR { 4096 } else { 0 },
+        rdev: 0,
+        nlink: 1,
+        below: 0,
+        target: Vec::new(),
+        atime: time,
+        mtime: time,
+        ctime: time,
+    }
+}
+
+/// Puts one file in, in the place of what is there, whose owner and mode stay. Folders that are
+/// missing are made, for root alone where the file is.
+fn put(tree: &Tree, file: &Put) -> Result<(), String> {
+    let path = clean(&file.path);
+    let Some((parent, name)) = path.rsplit_once('/').filter(|(_, name)| !name.is_empty()) else {
+        return Err("it names no file".into());
+    };
+    let text = |e: std::io::Error| e.to_string();
+    let mode = if file.mode & 0o077 == 0 { 0o700 } else { 0o755 };
+    let mut at = String::new();
+    let mut dir = ROOT;
+    for part in parent.split('/').filter(|p| !p.is_empty()) {
+        at = format!("{at}/{part}");
+        dir = match walk(tree, &at) {
+            Ok(ino) => ino,
+            Err(_) => {
+                let name = CString::new(part).map_err(|e| e.to_string())?;
+                // What is there and leads nowhere is not replaced.
+                tree.make(dir, &name, attr(libc::S_IFDIR | mode)).map_err(text)?.0
+            }
+        };
+        if !tree.attr(dir).map_err(text)?.is(libc::S_IFDIR) {
+            return Err(format!("{at} is not a directory"));
+        }
+    }
+    let there = tree.lookup_in(&tree.layer(), dir, name.as_bytes()).ok();
+    let ino = match there {
+        Some(_) => {
+            let ino = walk(tree, &path)?;
+            if !tree.attr(ino).map_err(text)?.is(libc::S_IFREG) {
+                return Err("it is there and is not a file".into());
+            }
+            ino
+        }
+        None => {
+            let name = CString::new(name).map_err(|e| e.to_string())?;
+            tree.make(dir, &name, attr(libc::S_IFREG | file.mode & 0o7777)).map_err(text)?.0
+        }
+    };
+    tree.resize(ino, 0).map_err(text)?;
+    match file.content.is_empty() {
+        true => Ok(()),
+        false => tree.write(ino, 0, &file.content).map_err(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_go_no_higher_than_the_root() {
+        for (path, cleaned) in [
+            ("boot/vmlinuz", "/boot/vmlinuz"),
+            ("../../../../etc/shadow", "/etc/shadow"),
+            ("/a/./b//../c", "/a/c"),
+            ("", "/"),
+            ("/..", "/"),
+        ] {
+            assert_eq!(clean(path), cleaned);
+        }
+    }
+}
