@@ -6,3 +6,4 @@ pub mod control;
 pub mod native;
 pub mod vmadm;
 pub mod xcluster;
+pub mod zero_os;

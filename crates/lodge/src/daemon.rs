@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{self, Door};
+use lodge_doors::zero_os;
 use lodge_doors::native::grammar::Serve;
 use lodge_doors::native::wire::{self, Client};
 use lodge_host::linux::Linux;
@@ -44,7 +45,8 @@ pub(crate) fn serve(how: &Serve) -> Result<()> {
 async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     let paths = Paths::find();
     paths.make().with_context(|| format!("making {}", paths.state.display()))?;
-    let flags = Flags { metald: how.metald.clone(), insecure: how.insecure };
+    let (metald, zero_os) = (how.metald.clone(), how.zero_os.clone());
+    let flags = Flags { metald, zero_os, insecure: how.insecure };
     let metald = match how.unattended {
         true => None,
         false => Some(settings::read(&paths, &flags)?),
@@ -54,6 +56,14 @@ async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
         (Some(_), Some(socket)) => Some(activated(socket)?),
         (Some(address), None) => Some(listen(address).await?),
         (None, _) => None,
+    };
+    let zero_os = match how.unattended {
+        true => None,
+        false => settings::zero_os(&paths, &flags)?,
+    };
+    let zero_os = match zero_os {
+        Some(door) => Some((listen(door.listen).await?, door)),
+        None => None,
     };
     let store = match Store::open(&paths.state) {
         Err(StoreError::Locked(_)) if !how.unattended => take_place(&paths).await?,
@@ -71,12 +81,20 @@ async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     let answer = Arc::new(Answer::new(keeper, !how.unattended));
     if let (Some(metald), Some(port)) = (metald, port) {
         let at = port.local_addr()?;
-        let tls = metald.tls.as_ref().map(acceptor).transpose()?;
+        let tls = metald.tls.as_ref().map(|tls| acceptor("metald.tls", tls)).transpose()?;
         let scheme = if tls.is_some() { "https" } else { "http" };
         let door = Door::new(answer.clone(), door_settings(metald, &host)?);
         tokio::spawn(reload(paths.clone(), flags, host.clone(), door.clone()));
         tokio::spawn(connect::serve(port, tls, door));
         let _ = writeln!(std::io::stderr(), "lodge: the Connect door is open at {scheme}://{at}");
+    }
+    if let Some((port, door)) = zero_os {
+        let at = port.local_addr()?;
+        let tls = door.tls.as_ref().map(|tls| acceptor("zero_os.tls", tls)).transpose()?;
+        let how = if tls.is_some() { ", encrypted" } else { "" };
+        let door = zero_os::Door::new(answer.clone(), door.settings);
+        tokio::spawn(zero_os::serve(port, tls, door));
+        let _ = writeln!(std::io::stderr(), "lodge: the Zero-OS door is open at {at}{how}");
     }
     let mut stdout = std::io::stdout();
     // Nobody may be reading.
@@ -87,11 +105,11 @@ async fn run(how: &Serve, given: Vec<OwnedFd>) -> Result<()> {
     Ok(())
 }
 
-fn acceptor(tls: &Tls) -> Result<tokio_rustls::TlsAcceptor> {
+fn acceptor(name: &str, tls: &Tls) -> Result<tokio_rustls::TlsAcceptor> {
     let read = |path: &Path| std::fs::read(path).with_context(|| path.display().to_string());
     let client_ca = tls.client_ca.as_deref().map(read).transpose()?;
     connect::tls::acceptor(&read(&tls.cert)?, &read(&tls.key)?, client_ca.as_deref())
-        .map_err(|why| anyhow!("metald.tls: {why}"))
+        .map_err(|why| anyhow!("{name}: {why}"))
 }
 
 /// A socket that the service manager holds for us.
@@ -122,7 +140,7 @@ async fn listen(address: std::net::SocketAddr) -> Result<TcpListener> {
     match TcpListener::bind(address).await {
         Ok(listener) => Ok(listener),
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => bail!(
-            "{address} is already in use by {}; `lodge serve --metald IP:PORT` takes another",
+            "{address} is already in use by {}; `lodge serve --metald IP:PORT` (or `--zero-os IP:PORT`) takes another",
             holder::of(address.port(), Protocol::Tcp)
         ),
         Err(e) => Err(e).with_context(|| address.to_string()),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{Foreign, Quota, Tenants, Token};
-use lodge_doors::vmadm;
+use lodge_doors::{vmadm, zero_os};
 use lodge_host::paths::{Paths, host_id};
 use lodge_spec::Bytes;
 use lodge_spec::machine::{Accel, BackendKind};
@@ -27,6 +27,33 @@ const DEFAULT_TAGS: [&str; 2] = ["admin", "external"];
 pub(crate) struct File {
     metald: MetaldFile,
     vmadm: VmadmFile,
+    zero_os: ZeroOsFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ZeroOsFile {
+    /// `IP:PORT`, or `off`.
+    listen: Option<String>,
+    /// Open to other hosts without asking who they are.
+    insecure: bool,
+    /// Whose members may come, with a token as their password.
+    organization: Option<String>,
+    /// PEM file with the public key that the organization's tokens are signed with.
+    token_key: Option<PathBuf>,
+    /// Where blocks of flists are that do not say so themselves.
+    storage: Option<String>,
+    /// Bridges (`NAME`), VLANs (`vlan:N`) and VXLANs (`vxlan:N`), each with its network.
+    networks: BTreeMap<String, String>,
+    accel: Option<String>,
+    tls: Option<Tls>,
+}
+
+/// The Zero-OS door, as it is to be opened.
+pub(crate) struct ZeroOs {
+    pub(crate) listen: SocketAddr,
+    pub(crate) tls: Option<Tls>,
+    pub(crate) settings: zero_os::Settings,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -129,6 +156,7 @@ pub(crate) struct Metald {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Flags {
     pub(crate) metald: Option<String>,
+    pub(crate) zero_os: Option<String>,
     pub(crate) insecure: bool,
 }
 
@@ -158,6 +186,50 @@ pub(crate) fn vmadm(paths: &Paths) -> Result<(BTreeMap<String, String>, vmadm::S
         buildstamp: env!("CARGO_PKG_VERSION").to_owned(),
     };
     Ok((tags, settings))
+}
+
+/// Reads what the Zero-OS door is to be; nothing where it stays shut.
+pub(crate) fn zero_os(paths: &Paths, flags: &Flags) -> Result<Option<ZeroOs>> {
+    let file = file(paths)?.zero_os;
+    let written = flags.zero_os.as_ref().map(|text| ("--zero-os", text));
+    let written = written.or_else(|| file.listen.as_ref().map(|text| ("zero_os.listen", text)));
+    let listen: SocketAddr = match written {
+        None => return Ok(None),
+        Some((_, text)) if text == "off" => return Ok(None),
+        Some((name, text)) => {
+            text.parse().map_err(|_| anyhow!("{name}: {text:?} is not IP:PORT or off"))?
+        }
+    };
+    let organization = match (file.organization, file.token_key) {
+        (None, None) => None,
+        (Some(name), Some(path)) => {
+            let key = std::fs::read_to_string(&path);
+            let key = key.with_context(|| format!("zero_os.token_key: {}", path.display()))?;
+            let organization = zero_os::Organization::new(&name, &key);
+            Some(organization.map_err(|why| anyhow!("zero_os.token_key: {why}"))?)
+        }
+        _ => bail!("zero_os: `organization` and `token_key` go together"),
+    };
+    // A token is a secret, which only an encrypted connection keeps.
+    let guarded = organization.is_some() && file.tls.is_some();
+    if !listen.ip().is_loopback() && !guarded && !file.insecure && !flags.insecure {
+        bail!(
+            "zero_os.listen: {listen} is open to other hosts; set `organization` with `token_key` \
+             and `[zero_os.tls]`, or say --insecure"
+        );
+    }
+    for (name, network) in &file.networks {
+        let name_of: Result<NetName, _> = network.parse();
+        name_of.map_err(|e| anyhow!("zero_os.networks.{name}: {e}"))?;
+    }
+    let settings = zero_os::Settings {
+        organization,
+        storage: file.storage,
+        networks: file.networks,
+        accel: accel("zero_os.accel", file.accel)?,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    Ok(Some(ZeroOs { listen, tls: file.tls, settings }))
 }
 
 /// Reads the instance's settings.
@@ -211,7 +283,7 @@ fn resolve(
         listen,
         assets,
         backend: backend(file.backend, &variable)?,
-        accel: accel(file.accel)?,
+        accel: accel("metald.accel", file.accel)?,
         tenants,
         traces: traces(file.traces, &variable)?,
         tls: file.tls,
@@ -263,11 +335,11 @@ fn backend(written: Option<String>, variable: &impl Fn(&str) -> Option<String>) 
     known.map(|b| b.to_string()).map_err(|why| anyhow!("{name}: unsupported backend type: {why}"))
 }
 
-fn accel(written: Option<String>) -> Result<String> {
+fn accel(name: &str, written: Option<String>) -> Result<String> {
     let word = written.unwrap_or_else(|| "auto".into());
     match word == "auto" || word.parse::<Accel>().is_ok() {
         true => Ok(word),
-        false => bail!("metald.accel: {word:?} is not auto, kvm or tcg"),
+        false => bail!("{name}: {word:?} is not auto, kvm or tcg"),
     }
 }
 
@@ -367,7 +439,7 @@ mod tests {
             let said = run(text, &variables, &none).expect_err(text);
             assert!(said.contains(complaint), "{text}: {said}");
         }
-        let flags = Flags { metald: Some("0.0.0.0:80".into()), insecure: true };
+        let flags = Flags { metald: Some("0.0.0.0:80".into()), zero_os: None, insecure: true };
         assert!(run("", &[], &flags).is_ok());
         assert!(run("[metald]\nlisten = '0.0.0.0:80'\nauth = true", &[], &none).is_ok());
     }

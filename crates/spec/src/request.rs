@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::draft::{DiskDraft, Draft, NicDraft};
+use crate::draft::{DiskDraft, Draft, NicDraft, PortDraft};
 use crate::machine::Segment;
 use crate::names::{ImageName, MachineId, NetName};
 use crate::problem::Problem;
@@ -241,6 +241,11 @@ pub enum Change {
     RemoveDisk { name: String },
     AddNic { nic: Box<NicDraft> },
     RemoveNic { name: String },
+    AddPort { port: PortDraft },
+    /// The one with this host port and protocol.
+    RemovePort { port: PortDraft },
+    /// What the machine's origin keeps with it; nothing else changes.
+    Document { document: String },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -91,15 +91,19 @@ pub enum FlistVerb {
 }
 
 /// What `lodge run` is given: the name of an image, or where an flist is.
-pub(super) fn root(text: Option<String>) -> (Option<String>, Option<FlistDraft>) {
-    match text {
+pub(super) fn root(
+    text: Option<String>,
+    store: Option<String>,
+) -> Result<(Option<String>, Option<FlistDraft>), String> {
+    Ok(match text {
         Some(text) if Source::names_flist(&text) => {
             let source = match text.contains("://") {
                 true => text,
                 false => super::grammar::absolute(text.as_ref()),
             };
-            (None, Some(FlistDraft { source: Some(source), ..FlistDraft::default() }))
+            (None, Some(FlistDraft { source: Some(source), store }))
         }
+        _ if store.is_some() => return Err("--store is about flists, and there is none".into()),
         image => (image, None),
-    }
+    })
 }

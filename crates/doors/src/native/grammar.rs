@@ -364,6 +364,9 @@ pub struct MachineFlags {
     /// Let the owner of this public key in as root.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub ssh_key: Vec<PathBuf>,
+    /// Ask this store for the contents of an flist before those that it names.
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
     /// When the guest is ready.
     #[arg(long, value_name = "console:REGEX|port:N|dhcp")]
     pub ready: Option<String>,
@@ -450,10 +453,11 @@ impl MachineFlags {
             accel,
             file,
             ssh_key,
+            store,
             ready,
             rm,
         } = self;
-        let (image, flist) = super::flist::root(image);
+        let (image, flist) = super::flist::root(image, store)?;
         let boots = kernel.is_some() || initrd.is_some() || append.is_some();
         let boot = boots.then(|| BootDraft {
             kernel: kernel.as_deref().map(absolute),
@@ -530,6 +534,10 @@ pub struct Serve {
     /// say.
     #[arg(long, value_name = "IP:PORT")]
     pub metald: Option<String>,
+    /// Where the Zero-OS door listens (its clients expect port 6379), or `off`. Shut when neither
+    /// this nor the settings say.
+    #[arg(long, value_name = "IP:PORT")]
+    pub zero_os: Option<String>,
     /// Open doors to other hosts without asking who comes.
     #[arg(long)]
     pub insecure: bool,

@@ -89,6 +89,13 @@ pub fn routes(routes: &Routes, added: Option<&str>) -> Result<Vec<(u8, u8, Strin
     Ok(all)
 }
 
+/// A place on this host, which only its user may name.
+pub fn is_local(url: &str) -> bool {
+    ["dir:", "file:", "zdb+unix:", "redis+unix:", "zdb:///", "redis:///", "ardb:///"]
+        .iter()
+        .any(|start| url.starts_with(start))
+}
+
 impl Fetcher {
     /// `stores`: first and last first byte of the blocks, and the store's URL.
     pub fn new(
@@ -179,7 +186,7 @@ impl Fetcher {
         let mut routes: Vec<&Route> =
             self.routes.iter().filter(|r| (r.first..=r.last).contains(&first)).collect();
         if routes.is_empty() {
-            return Err("no store is known for it".into());
+            return Err("no store is known that it may be asked of".into());
         }
         let sulks = |route: &&Route| {
             let failed = *route.failed.lock().expect("not poisoned");

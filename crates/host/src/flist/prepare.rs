@@ -168,7 +168,15 @@ fn read_whole(tree: &Tree, ino: u64, most: u64) -> Result<Vec<u8>, String> {
     if attr.size > most {
         return Err(format!("it is larger than {most} bytes"));
     }
-    tree.read(ino, 0, attr.size as usize).map_err(|e| e.to_string())
+    tree.read(ino, 0, attr.size as usize).map_err(unread)
+}
+
+/// Why a file could not be read, in more words than the guest is told.
+fn unread(error: std::io::Error) -> String {
+    match (error.raw_os_error(), super::server::last_complaint()) {
+        (Some(libc::EIO), why) if !why.is_empty() => format!("its contents: {why}"),
+        _ => error.to_string(),
+    }
 }
 
 fn copy(tree: &Tree, ino: u64, to: &Path) -> Result<(), String> {
@@ -182,9 +190,12 @@ fn copy(tree: &Tree, ino: u64, to: &Path) -> Result<(), String> {
     let text = |e: std::io::Error| format!("{}: {e}", to.display());
     let _ = std::fs::remove_file(to);
     let mut out = File::create_new(to).map_err(text)?;
+    // The hypervisor has a user of its own.
+    use std::os::unix::fs::PermissionsExt;
+    out.set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(text)?;
     let mut at = 0;
     while at < attr.size {
-        let bytes = tree.read(ino, at, STEP).map_err(|e| e.to_string())?;
+        let bytes = tree.read(ino, at, STEP).map_err(unread)?;
         out.write_all(&bytes).map_err(text)?;
         at += bytes.len() as u64;
     }

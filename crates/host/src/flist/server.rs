@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -67,8 +67,16 @@ pub type Said = Result<Option<prepare::Found>, String>;
 /// The user of these processes, where root starts them.
 pub const UID: u32 = 0x6bff_ffff;
 
+static LAST: Mutex<String> = Mutex::new(String::new());
+
+/// What was last complained about, for those who are told only that something failed.
+pub(super) fn last_complaint() -> String {
+    LAST.lock().expect("not poisoned").clone()
+}
+
 pub(super) fn complain(path: &str, number: u32, why: &str) {
     static SAID: AtomicU32 = AtomicU32::new(0);
+    *LAST.lock().expect("not poisoned") = why.to_owned();
     if SAID.fetch_add(1, Ordering::Relaxed) < MAX_COMPLAINTS {
         let _ = writeln!(io::stderr(), "{path}: block {number}: {why}");
     }
@@ -100,6 +108,10 @@ fn say(said: &Said) {
 fn run(config: &Config) -> Result<(), String> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
         .map_err(|e| e.to_string())?;
+    // What a guest writes is its machine's alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // SAFETY: sets one number of the allocator. Threads that wait for stores need no heap each.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
     let mut plan = WorkerPlan {
         uid: config.uid,
         readable: vec![config.flist.clone()],
@@ -141,7 +153,13 @@ fn open(config: &Config) -> Result<Tree, String> {
         Format::Flist => "flist",
         Format::Fl => "fl",
     });
-    let stores = fetch::routes(&routes, config.store.as_deref())?;
+    let mut stores = fetch::routes(&routes, config.store.as_deref())?;
+    // What a stranger wrote does not lead into this host.
+    let own = |url: &str| !fetch::is_local(url) || config.store.as_deref() == Some(url);
+    if let Some((_, _, url)) = stores.iter().find(|(_, _, url)| !own(url)) {
+        complain("the flist", 0, &format!("its store {url} is on this host; name it to allow it"));
+    }
+    stores.retain(|(_, _, url)| own(url));
     // The flist itself is no longer needed; only what was made of it stays in memory.
     drop(routes);
     // SAFETY: gives memory back that nobody uses; takes a plain number.

@@ -21,7 +21,7 @@ use super::launch::launch_file;
 use super::usage::Sample;
 use crate::backend::qemu::control::{Control, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
-use crate::backend::{FIRST_FD, Launch, ScreenPort, Survey, Tap};
+use crate::backend::{FIRST_FD, Forward, Launch, ScreenPort, Survey, Tap};
 use crate::facts::Facts;
 use crate::fdpass::{self, Lines};
 use crate::paths::boot_id;
@@ -257,7 +257,7 @@ fn report(sink: &Sink, tell: Tell) {
             }
             return;
         }
-        Tell::Tap { .. } => return,
+        Tell::Ports { .. } | Tell::Tap { .. } => return,
     };
     let _ = sink.send(report);
 }
@@ -293,6 +293,13 @@ impl Live {
         facts: &Facts,
         networks: &Mutex<()>,
     ) -> Result<(), String> {
+        match change {
+            Change::AddPort { .. } | Change::RemovePort { .. } => {
+                return self.set_ports(Forward::all(machine)).await;
+            }
+            Change::Document { .. } => return Ok(()),
+            _ => {}
+        }
         let control = match &self.drive {
             Drive::Qemu(control) => control,
             Drive::CloudHypervisor(control) => {
@@ -303,6 +310,9 @@ impl Live {
                     | Change::RemoveDisk { .. }
                     | Change::AddNic { .. }
                     | Change::RemoveNic { .. } => Err(cold("cloud-hypervisor")),
+                    Change::AddPort { .. }
+                    | Change::RemovePort { .. }
+                    | Change::Document { .. } => Ok(()),
                 };
             }
             Drive::Firecracker(_) => return Err(cold("firecracker")),
@@ -339,6 +349,24 @@ impl Live {
                 added
             }
             Change::RemoveNic { name } => control.remove_nic(&name).await,
+            // Done above, whatever the hypervisor is.
+            Change::AddPort { .. } | Change::RemovePort { .. } | Change::Document { .. } => Ok(()),
+        }
+    }
+
+    /// Forwards these host ports and no others.
+    async fn set_ports(&self, ports: Vec<Forward>) -> Result<(), String> {
+        let _one = self.taps.lock().await;
+        let text = |e: std::io::Error| format!("the machine's warden: {e}");
+        let mut warden = Warden::connect(&self.launch.warden.run).await?;
+        fdpass::send(&warden.stream, &Ask::Ports { ports }, None).await.map_err(text)?;
+        loop {
+            match warden.next().await {
+                Some(Tell::Ports { error: None }) => return Ok(()),
+                Some(Tell::Ports { error: Some(why) }) => return Err(why),
+                Some(_) => {}
+                None => return Err("the machine's warden is gone".into()),
+            }
         }
     }
 

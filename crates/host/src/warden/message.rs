@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use lodge_machine::host::Wrote;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{ScreenPort, Tap};
+use crate::backend::{Forward, ScreenPort, Tap};
 
 /// The warden's first and only line on its standard output.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +35,10 @@ pub enum Tell {
     Exited(Exit),
     /// The answer to `Ask::Tap`; the descriptor comes with it.
     Tap {
+        error: Option<String>,
+    },
+    /// The answer to `Ask::Ports`.
+    Ports {
         error: Option<String>,
     },
     /// The guest has written into its metadata.
@@ -94,6 +98,8 @@ pub enum Ask {
     Kill,
     /// Make one more tap interface and hand it over.
     Tap { tap: Tap },
+    /// Forward these host ports and no others.
+    Ports { ports: Vec<Forward> },
     /// Give an interface back to its network.
     Untap { interface: String },
     /// Send the hypervisor a signal.

@@ -17,9 +17,9 @@ use tokio::sync::broadcast;
 use super::console::{Log, Sign, Watcher};
 use super::forward::{self, Guest};
 use super::message::{Ask, Exit, Status, Tell, exit_file};
-use super::start::Started;
+use super::start::{Bound, Started, bind_ports};
 use super::{mdata, screen};
-use crate::backend::WardenPlan;
+use crate::backend::{Forward, WardenPlan};
 use crate::fdpass::{self, Lines};
 use crate::net::client::{self, Notice};
 use crate::paths;
@@ -35,6 +35,7 @@ pub(super) struct Shared {
     output: broadcast::Sender<Rc<[u8]>>,
     tells: broadcast::Sender<Tell>,
     networks: RefCell<Vec<(String, tokio::task::JoinHandle<()>)>>,
+    forwards: RefCell<Vec<(Forward, tokio::task::JoinHandle<()>)>>,
 }
 
 impl Shared {
@@ -93,6 +94,7 @@ async fn run(started: Started) {
         output: broadcast::channel(64).0,
         tells: broadcast::channel(64).0,
         networks: RefCell::default(),
+        forwards: RefCell::default(),
     });
     let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
@@ -108,13 +110,10 @@ async fn run(started: Started) {
     for (interface, connection) in networks {
         watch_network(&shared, interface, connection, ready == "dhcp");
     }
-    let mut forwards = Vec::new();
+    forward_ports(&shared, listeners);
     if let Some(tap) = plan.taps.first() {
         let guest =
             |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
-        for (port, bound) in listeners {
-            forwards.push(tokio::task::spawn_local(forward::serve(bound, guest(port.guest))));
-        }
         if let Some(port) = ready.strip_prefix("port:").and_then(|p| p.parse().ok()) {
             tokio::task::spawn_local(await_port(shared.clone(), guest(port)));
         }
@@ -123,7 +122,7 @@ async fn run(started: Started) {
     let root = root.map(|child| tokio::task::spawn_local(watch_root(shared.clone(), child.id())));
     let exit = await_exit(pid).await;
     // Whoever hears of the end finds the ports free.
-    for forward in forwards {
+    for (_, forward) in shared.forwards.take() {
         forward.abort();
         let _ = forward.await;
     }
@@ -147,6 +146,33 @@ async fn run(started: Started) {
     // Lets those who are connected hear it.
     tokio::task::yield_now().await;
     tokio::time::sleep(Duration::from_millis(10)).await;
+}
+
+/// Begins to forward ports to the guest.
+fn forward_ports(shared: &Rc<Shared>, listeners: Vec<(Forward, Bound)>) {
+    let Some(tap) = shared.plan.taps.first() else { return };
+    for (port, bound) in listeners {
+        let guest =
+            Guest { network: tap.network.clone(), address: (tap.address, port.guest).into() };
+        let task = tokio::task::spawn_local(forward::serve(bound, guest));
+        shared.forwards.borrow_mut().push((port, task));
+    }
+}
+
+/// Forwards these ports and no others. If one cannot be had, all stays as it was.
+async fn set_ports(shared: &Rc<Shared>, ports: Vec<Forward>) -> Result<(), String> {
+    let known: Vec<Forward> = shared.forwards.borrow().iter().map(|(p, _)| p.clone()).collect();
+    let fresh: Vec<Forward> = ports.iter().filter(|p| !known.contains(p)).cloned().collect();
+    let bound = bind_ports(&fresh)?;
+    let (stay, gone): (Vec<_>, Vec<_>) =
+        shared.forwards.take().into_iter().partition(|(port, _)| ports.contains(port));
+    shared.forwards.replace(stay);
+    for (_, task) in gone {
+        task.abort();
+        let _ = task.await;
+    }
+    forward_ports(shared, bound);
+    Ok(())
 }
 
 /// Waits for the end of the process that serves the root, which is to come after the hypervisor's.
@@ -319,6 +345,10 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
                 watch_network(shared, tap.interface, connection, false);
             }
             sent.is_ok()
+        }
+        Ask::Ports { ports } => {
+            let error = set_ports(shared, ports).await.err();
+            fdpass::send(stream, &Tell::Ports { error }, None).await.is_ok()
         }
         Ask::Untap { interface } => {
             let mut networks = shared.networks.borrow_mut();

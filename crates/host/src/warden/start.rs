@@ -162,7 +162,7 @@ pub(super) fn taken(address: SocketAddr, protocol: Protocol) -> String {
     format!("host port {address}/{protocol} is already in use by {holder}")
 }
 
-fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {
+pub(super) fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, String> {
     let mut list = Vec::new();
     for port in ports {
         let address = SocketAddr::new(port.ip, port.host);

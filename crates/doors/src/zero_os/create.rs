@@ -1,0 +1,249 @@
+//! `kvm.create`: its arguments checked in that system's order, and what they ask for as a draft.
+
+use std::collections::BTreeMap;
+
+use lodge_spec::draft::{
+    CpusDraft, DiskDraft, Draft, FileDraft, MemoryDraft, OriginDraft, ShareDraft,
+};
+use lodge_spec::flist::FlistDraft;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::jobs::Failure;
+use super::nics::{self, Nic};
+use super::{DOOR, Settings};
+
+/// What machines were asked for, kept and given back.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Params {
+    pub(super) nics: Vec<Nic>,
+    pub(super) port: Option<BTreeMap<String, u32>>,
+    pub(super) name: String,
+    pub(super) cpu: i64,
+    pub(super) memory: i64,
+    pub(super) flist: String,
+    pub(super) storage: String,
+    pub(super) mount: Option<Vec<Mount>>,
+    pub(super) media: Option<Vec<Media>>,
+    pub(super) config: Option<BTreeMap<String, String>>,
+    pub(super) tags: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Mount {
+    source: String,
+    target: String,
+    readonly: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Media {
+    pub(super) url: String,
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) bus: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) iotune: Option<Value>,
+}
+
+/// What is written down with a machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) sequence: u16,
+    pub(super) params: Params,
+}
+
+/// Reads the arguments; nulls are as good as nothing.
+pub(super) fn params(arguments: &Value, tags: Option<&[String]>) -> Result<Params, Failure> {
+    let Value::Object(fields) = arguments else {
+        return Err(Failure::new("the arguments are not an object"));
+    };
+    let given: serde_json::Map<String, Value> = fields
+        .iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    let params = serde_json::from_value::<Params>(Value::Object(given));
+    let mut params = params.map_err(|e| Failure::new(e.to_string()))?;
+    // Tags are the command's.
+    params.tags = tags.map(<[String]>::to_vec);
+    check(&params)?;
+    Ok(params)
+}
+
+fn check(params: &Params) -> Result<(), Failure> {
+    nics::check(&params.nics)?;
+    if params.media.as_ref().is_none_or(Vec::is_empty) && params.flist.is_empty() {
+        let what = "At least one boot media has to be provided (via media or an flist)";
+        return Err(Failure::new(what));
+    }
+    if params.cpu <= 0 {
+        return Err(Failure::new("CPU is a required parameter"));
+    }
+    if params.memory <= 0 {
+        return Err(Failure::new("Memory is a required parameter"));
+    }
+    match params.mount.iter().flatten().any(|mount| mount.target == "root") {
+        true => Err(Failure::new("mount target 'root' is reserved")),
+        false => Ok(()),
+    }
+}
+
+/// A disk of a running or a coming machine.
+pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
+    let source = match media.url.split_once("://") {
+        None => media.url.clone(),
+        Some(("file", path)) => path.to_owned(),
+        Some((scheme, _)) => {
+            return Err(Failure::new(format!(
+                "media of the kind {scheme}:// is not supported; give the path of a file or a block \
+                 device"
+            )));
+        }
+    };
+    let cdrom = match media.kind.as_str() {
+        "" | "disk" => false,
+        "cdrom" => true,
+        other => return Err(Failure::new(format!("invalid media type '{other}'"))),
+    };
+    if media.iotune.as_ref().is_some_and(|tune| tune.as_object().is_some_and(|t| !t.is_empty())) {
+        return Err(Failure::new("limits on a disk (iotune) are not supported"));
+    }
+    // The letter is behind the others, whichever of them went away meanwhile.
+    let letter = (b'a' + (index % 26) as u8) as char;
+    let letters = if index < 26 { letter.to_string() } else { format!("a{letter}") };
+    Ok(DiskDraft {
+        name: Some(format!("{}{letters}", if cdrom { "hd" } else { "vd" })),
+        source: Some(source),
+        media: cdrom.then(|| "cdrom".into()),
+        bus: Some(media.bus.clone()).filter(|bus| !bus.is_empty() && !cdrom),
+        ..DiskDraft::default()
+    })
+}
+
+/// A name that this host can have for theirs.
+fn host_name(name: &str, uuid: &str) -> String {
+    let allowed = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    let text: String = name.chars().map(allowed).take(40).collect();
+    let text = text.trim_matches('-');
+    match text == name {
+        true => text.to_owned(),
+        // Two of theirs must not become one of ours.
+        false => format!("{}-{}", if text.is_empty() { "vm" } else { text }, &uuid[..8]),
+    }
+}
+
+/// `..` goes no higher than the root.
+fn clean(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    format!("/{}", parts.join("/"))
+}
+
+pub(super) fn draft(
+    params: &Params,
+    uuid: &str,
+    sequence: u16,
+    settings: &Settings,
+) -> Result<Draft, Failure> {
+    let media = params.media.iter().flatten().enumerate();
+    let disks: Vec<DiskDraft> = media.map(|(i, media)| disk(media, i)).collect::<Result<_, _>>()?;
+    let nics = params.nics.iter().map(|nic| nics::draft(nic, sequence, &settings.networks));
+    let nics = nics.collect::<Result<Vec<_>, _>>()?;
+    // Without the default network there is nothing that a port could lead to.
+    let default = params.nics.iter().any(|nic| nic.kind == "default");
+    let ports = params.port.iter().flatten().filter(|_| default);
+    let ports = ports.map(|(host, guest)| nics::port(host, *guest)).collect::<Result<Vec<_>, _>>()?;
+    let shares = params.mount.iter().flatten().map(|mount| ShareDraft {
+        source: Some(mount.source.clone()),
+        tag: Some(mount.target.clone()),
+        read_only: Some(mount.readonly),
+    });
+    let flist = Some(params.flist.clone()).filter(|flist| !flist.is_empty());
+    let config = params.config.iter().flatten().filter(|_| !params.flist.is_empty());
+    let files = config.map(|(path, content)| FileDraft {
+        path: Some(clean(path)),
+        content: Some(content.clone()),
+        mode: Some("0600".into()),
+        ..FileDraft::default()
+    });
+    let storage = Some(params.storage.clone()).filter(|storage| !storage.is_empty());
+    let kept = Kept { sequence, params: params.clone() };
+    let document = serde_json::to_string(&kept).map_err(|e| Failure::new(e.to_string()))?;
+    let number = |n: i64| u32::try_from(n).unwrap_or(u32::MAX);
+    Ok(Draft {
+        name: Some(host_name(&params.name, uuid)),
+        uuid: Some(uuid.to_owned()),
+        cpus: Some(CpusDraft::Count(number(params.cpu))),
+        memory: Some(MemoryDraft::Bytes(u64::from(number(params.memory)) << 20)),
+        flist: flist.map(|source| FlistDraft {
+            source: Some(source),
+            store: storage.or_else(|| settings.storage.clone()),
+        }),
+        disks: (!disks.is_empty()).then_some(disks),
+        nics: Some(nics),
+        ports: Some(ports),
+        shares: Some(shares.collect()),
+        files: Some(files.collect()),
+        accel: Some(settings.accel.clone()),
+        ephemeral: Some(true),
+        origin: Some(OriginDraft {
+            door: Some(DOOR.into()),
+            id: Some(params.name.clone()),
+            owner: Some(String::new()),
+            document: Some(document),
+        }),
+        ..Draft::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn refused(arguments: Value) -> String {
+        params(&arguments, None).unwrap_err().message
+    }
+
+    #[test]
+    fn arguments_are_checked_in_order_cases_3_to_5() {
+        let boot = "At least one boot media has to be provided (via media or an flist)";
+        assert_eq!(refused(json!({"name": "a", "cpu": 0, "media": []})), boot);
+        let nics = json!([{"type": "foo"}]);
+        assert_eq!(refused(json!({"name": "a", "nics": nics})), "invalid nic type 'foo'");
+        let with = |extra: Value| {
+            let mut all = json!({"name": "a", "flist": "/x.flist", "cpu": 1, "memory": 512});
+            for (key, value) in extra.as_object().unwrap() {
+                all[key] = value.clone();
+            }
+            all
+        };
+        assert_eq!(refused(with(json!({"cpu": 0}))), "CPU is a required parameter");
+        assert_eq!(refused(with(json!({"cpu": -1}))), "CPU is a required parameter");
+        assert_eq!(refused(with(json!({"memory": 0}))), "Memory is a required parameter");
+        let mount = json!({"mount": [{"source": "/x", "target": "root"}]});
+        assert_eq!(refused(with(mount)), "mount target 'root' is reserved");
+        assert!(refused(with(json!({"cpu": "two"}))).contains("invalid type"));
+        assert!(refused(json!(null)).contains("not an object"));
+        assert!(params(&with(json!({"media": null, "port": null})), None).is_ok());
+    }
+
+    #[test]
+    fn names_become_names_of_this_host() {
+        let uuid = "12345678-0000-4000-8000-000000000000";
+        assert_eq!(host_name("azmy", uuid), "azmy");
+        assert_eq!(host_name("My VM", uuid), "my-vm-12345678");
+        assert_eq!(host_name("__", uuid), "vm-12345678");
+        assert_eq!(clean("../../x"), "/x");
+    }
+}

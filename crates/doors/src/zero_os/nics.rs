@@ -1,0 +1,186 @@
+//! Interfaces and forwarded ports in that system's words. The default network is one of its own
+//! plan: an address and an Ethernet address for each number that machines are given.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use lodge_spec::draft::{NicDraft, PortDraft, PortFields};
+use serde::{Deserialize, Serialize};
+
+use super::jobs::Failure;
+
+/// The network behind `default`.
+pub(super) const DEFAULT: &str = "kvm0";
+const GATEWAY: &str = "172.19.0.1";
+const PREFIX: u32 = 16;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Nic {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) id: String,
+    pub(super) hwaddr: String,
+}
+
+pub(super) fn address(sequence: u16) -> Ipv4Addr {
+    let [high, low] = sequence.to_be_bytes();
+    Ipv4Addr::new(172, 19, high, low)
+}
+
+pub(super) fn mac(sequence: u16) -> String {
+    let [high, low] = sequence.to_be_bytes();
+    format!("00:28:06:82:{high:02x}:{low:02x}")
+}
+
+/// The number after this one; some are nobody's.
+pub(super) fn after(sequence: u16) -> u16 {
+    match sequence.wrapping_add(1) {
+        0 | 1 | u16::MAX => 2,
+        next => next,
+    }
+}
+
+/// What is wrong with a list of interfaces.
+pub(super) fn check(nics: &[Nic]) -> Result<(), Failure> {
+    let mut bridges: Vec<&str> = Vec::new();
+    let mut default = false;
+    for nic in nics {
+        match nic.kind.as_str() {
+            "default" if default => return fail("only one default network is allowed"),
+            "default" => default = true,
+            "bridge" if nic.id == DEFAULT => {
+                return fail(
+                    "cannot use bridge kvm0 with nic type 'bridge', please use type default instead",
+                );
+            }
+            "bridge" if bridges.contains(&nic.id.as_str()) => {
+                return fail(format!(
+                    "connecting to bridge '{}' more than one time is not allowed",
+                    nic.id
+                ));
+            }
+            "bridge" => bridges.push(&nic.id),
+            "vlan" | "vxlan" => {}
+            other => return fail(format!("invalid nic type '{other}'")),
+        }
+    }
+    Ok(())
+}
+
+fn fail<T>(message: impl Into<String>) -> Result<T, Failure> {
+    Err(Failure::new(message))
+}
+
+/// An interface as it is asked for. `networks`: what bridges and VLANs stand for here.
+pub(super) fn draft(
+    nic: &Nic,
+    sequence: u16,
+    networks: &BTreeMap<String, String>,
+) -> Result<NicDraft, Failure> {
+    let own = Some(nic.hwaddr.clone()).filter(|mac| !mac.is_empty());
+    let on = |network: &String| NicDraft {
+        network: Some(network.clone()),
+        mac: own.clone(),
+        ..NicDraft::default()
+    };
+    match nic.kind.as_str() {
+        "default" => Ok(NicDraft {
+            network: Some(DEFAULT.into()),
+            mac: Some(mac(sequence)),
+            address: Some(address(sequence).to_string()),
+            prefix: Some(PREFIX),
+            gateway: Some(GATEWAY.into()),
+            ..NicDraft::default()
+        }),
+        "bridge" => networks.get(&nic.id).map(on).ok_or_else(|| Failure {
+            code: 400,
+            message: format!("bridge '{}' not found", nic.id),
+        }),
+        "vlan" => {
+            if !nic.id.parse::<u16>().is_ok_and(|id| id <= 4094) {
+                return fail("invalid vlan id (0-4094)");
+            }
+            let network = networks.get(&format!("vlan:{}", nic.id)).map(on);
+            network.ok_or_else(|| Failure::new("ovs is needed for VLAN network type"))
+        }
+        _ => {
+            let network = networks.get(&format!("vxlan:{}", nic.id)).map(on);
+            network.ok_or_else(|| Failure::new("ovs is needed for VXLAN network type"))
+        }
+    }
+}
+
+/// A forwarded port. Those who may use it cannot be narrowed down here.
+pub(super) fn port(host: &str, guest: u32) -> Result<PortDraft, Failure> {
+    let number = |text: &str| -> Result<u32, Failure> {
+        let valid = text.parse::<u16>().ok().filter(|port| *port > 0);
+        valid.map(u32::from).ok_or_else(|| Failure::new("invalid port number"))
+    };
+    let port = match host.rsplit_once(':') {
+        None | Some(("0.0.0.0", _)) => number(host.rsplit(':').next().unwrap_or(host))?,
+        Some((whom, port)) => {
+            number(port)?;
+            return fail(format!(
+                "a port that is forwarded for {whom} alone is not supported; give the number alone"
+            ));
+        }
+    };
+    if guest == 0 || guest > u32::from(u16::MAX) {
+        return fail("invalid port number");
+    }
+    Ok(PortDraft::Detailed(PortFields {
+        ip: Some("0.0.0.0".into()),
+        host: Some(port),
+        guest: Some(guest),
+        ..PortFields::default()
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_follow_from_the_number() {
+        assert_eq!((address(2).to_string(), mac(2)), ("172.19.0.2".into(), "00:28:06:82:00:02".into()));
+        assert_eq!(address(0x1234).to_string(), "172.19.18.52");
+        assert_eq!((after(1), after(2), after(0xfffe), after(0xffff)), (2, 3, 2, 2));
+    }
+
+    fn nic(kind: &str, id: &str) -> Nic {
+        Nic { kind: kind.into(), id: id.into(), hwaddr: String::new() }
+    }
+
+    #[test]
+    fn interfaces_are_refused_in_the_words_of_that_system_case_6() {
+        for (nics, why) in [
+            (vec![nic("default", ""), nic("default", "")], "only one default network is allowed"),
+            (vec![nic("foo", "")], "invalid nic type 'foo'"),
+            (
+                vec![nic("bridge", "kvm0")],
+                "cannot use bridge kvm0 with nic type 'bridge', please use type default instead",
+            ),
+            (
+                vec![nic("bridge", "b"), nic("bridge", "b")],
+                "connecting to bridge 'b' more than one time is not allowed",
+            ),
+        ] {
+            assert_eq!(check(&nics).unwrap_err().message, why);
+        }
+        let none = BTreeMap::new();
+        let unknown = draft(&nic("bridge", "b"), 2, &none).unwrap_err();
+        assert_eq!((unknown.code, unknown.message.as_str()), (400, "bridge 'b' not found"));
+        let wrong = draft(&nic("vlan", "4095"), 2, &none).unwrap_err();
+        assert_eq!(wrong.message, "invalid vlan id (0-4094)");
+    }
+
+    #[test]
+    fn ports_are_numbers() {
+        assert!(port("8080", 80).is_ok() && port("0.0.0.0:8080", 80).is_ok());
+        for (host, guest) in [("80abc", 80), ("0", 80), ("65536", 80), ("80", 0), ("80", 65_536)] {
+            assert_eq!(port(host, guest).unwrap_err().message, "invalid port number");
+        }
+        assert!(port("10.0.0.0/24:80", 80).unwrap_err().message.contains("10.0.0.0/24 alone"));
+    }
+}
