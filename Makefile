@@ -3,7 +3,7 @@ BUILD := gcc libc6-dev
 RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprogs
 TEST := $(RUN) busybox-static kmod util-linux slirp4netns uidmap python3 isolinux syslinux-common genisoimage \
 	curl openssl python3-venv nodejs npm protobuf-compiler qemu-utils dropbear-bin tmux bc bison flex \
-	libelf-dev patch xz-utils bzip2
+	libelf-dev patch xz-utils bzip2 redis-server nginx
 
 .PHONY: demo test check vm-test bench build install
 

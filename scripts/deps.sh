@@ -22,5 +22,6 @@ fi
 # shellcheck disable=SC2086
 {
     $sudo apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    # The programs are wanted, not the services that some of them come with.
+    $sudo env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 apt-get install -y -qq --no-install-recommends $missing >/dev/null
 }

@@ -13,7 +13,7 @@ pub mod sniff;
 pub mod tree;
 
 /// The entries of an flist, generated from `schema/flist.capnp` (see `xtask flist`).
-#[allow(clippy::all, unreachable_pub, unused)]
+#[allow(clippy::all, clippy::unwrap_used, unreachable_pub, unused)]
 mod flist_capnp {
     include!("../generated/flist_capnp.rs");
 }

@@ -145,8 +145,7 @@ fn mount_fuse(stage: &Path, fuse: &FuseMount, plan: &JailPlan) -> Result<(), Err
         fs::create_dir_all(path).map_err(|e| Error::io("make", path, e))?;
     }
     let (uid, gid) = (plan.uid, plan.gid);
-    let options =
-        format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", end.as_raw_fd());
+    let options = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", end.as_raw_fd());
     let options = c_path(Path::new(&options))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("lodge", &target, "fuse", flags, Some(options.as_c_str()))

@@ -15,6 +15,7 @@ use lodge_doors::native::wire::Client;
 use lodge_host::paths::Paths;
 use lodge_host::warden::console::tail;
 use lodge_spec::draft::Draft;
+use lodge_spec::flist::Source;
 use lodge_spec::request::{Change, Condition, Refusal, Reply, Request};
 use lodge_spec::state::{Event, Summary};
 use lodge_spec::{Bytes, document};
@@ -307,6 +308,7 @@ impl Session {
     async fn plan(&mut self, plan: Plan) -> Result<ExitCode> {
         let Plan { source, machine } = plan;
         let draft = match source {
+            Some(source) if Source::names_flist(&source) => flags(machine, Some(source))?,
             Some(source) if Path::new(&source).is_file() || source == "-" => {
                 read_document(Path::new(&source))?
             }

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use lodge_doors::connect::{self, Door};
-use lodge_doors::zero_os;
 use lodge_doors::native::grammar::Serve;
 use lodge_doors::native::wire::{self, Client};
+use lodge_doors::zero_os;
 use lodge_host::linux::Linux;
 use lodge_host::net::holder;
 use lodge_host::paths::{self, Paths};

@@ -126,9 +126,7 @@ fn tree_of(source: &str) -> Result<create::Source> {
     let kept: Vec<&str> =
         words.filter(|w| !w.starts_with("root=") && !matches!(*w, "rw" | "ro")).collect();
     let cmdline = serde_json::to_string(&kept.join(" "))?;
-    let yaml = format!(
-        "kernel: /boot/vmlinuz\ninitrd: /boot/initrd.img\ncmdline: {cmdline}\n"
-    );
+    let yaml = format!("kernel: /boot/vmlinuz\ninitrd: /boot/initrd.img\ncmdline: {cmdline}\n");
     put("boot/boot.yaml", yaml.into_bytes())?;
     Ok(tree)
 }

@@ -1,9 +1,7 @@
 //! What a change makes of a machine's description. Pure; whether the result is a machine is asked
 //! afterwards.
 
-use lodge_spec::draft::{
-    CpusDraft, CpusFields, Draft, MemoryDraft, MemoryFields, PortDraft, Size,
-};
+use lodge_spec::draft::{CpusDraft, CpusFields, Draft, MemoryDraft, MemoryFields, PortDraft, Size};
 use lodge_spec::request::{Change, Refusal};
 
 /// Applies a change to a description in which nothing is left to a default.

@@ -11,8 +11,8 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
-use crate::flist::Flist;
 use crate::extras::{self, Display, Guard, Lease, Mdata, Smbios};
+use crate::flist::Flist;
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
 

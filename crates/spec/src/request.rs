@@ -235,17 +235,35 @@ pub struct Page {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "snake_case")]
 pub enum Change {
-    Cpus { count: u32 },
-    Memory { bytes: u64 },
-    AddDisk { disk: DiskDraft },
-    RemoveDisk { name: String },
-    AddNic { nic: Box<NicDraft> },
-    RemoveNic { name: String },
-    AddPort { port: PortDraft },
+    Cpus {
+        count: u32,
+    },
+    Memory {
+        bytes: u64,
+    },
+    AddDisk {
+        disk: DiskDraft,
+    },
+    RemoveDisk {
+        name: String,
+    },
+    AddNic {
+        nic: Box<NicDraft>,
+    },
+    RemoveNic {
+        name: String,
+    },
+    AddPort {
+        port: PortDraft,
+    },
     /// The one with this host port and protocol.
-    RemovePort { port: PortDraft },
+    RemovePort {
+        port: PortDraft,
+    },
     /// What the machine's origin keeps with it; nothing else changes.
-    Document { document: String },
+    Document {
+        document: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

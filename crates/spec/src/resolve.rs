@@ -1,6 +1,8 @@
 //! `Draft` to `Machine`: applies defaults, parses every name and number, and reports all faults
 //! at once. Pure: whether a file or an image exists is asked later, by those who can look.
 
+mod boot;
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::Ipv4Addr;
@@ -9,16 +11,14 @@ use std::str::FromStr;
 
 use crate::clashes::check_clashes;
 use crate::draft::{
-    BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
-    RestartFields, Scalar, ShareDraft, Size,
+    CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft, MemoryFields,
+    NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft, RestartFields,
+    Scalar, ShareDraft, Size,
 };
-use crate::flist::Flist;
 use crate::extras;
 use crate::machine::{
-    Boot, BootDevice, Cpus, Disk, DiskBus, DiskSource, FileContent, Firmware, GuestFile, Limits,
-    Machine, Media, Memory, Nic, NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart,
-    RestartPolicy, Share,
+    Cpus, Disk, DiskBus, DiskSource, FileContent, GuestFile, Limits, Machine, Media, Memory, Nic,
+    NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart, RestartPolicy, Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
@@ -93,7 +93,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         p.add("flist", "a machine's root is an `image` or an `flist`, not both");
     }
     let flist = flist.and_then(|flist| crate::flist::resolve(&mut p, flist));
-    let boot = resolve_boot(&mut p, image, flist, boot);
+    let boot = boot::resolve(&mut p, image, flist, boot);
     for (i, disk) in disks.unwrap_or_default().into_iter().enumerate() {
         checked.extend(resolve_disk(&mut p, i, disk));
     }
@@ -233,59 +233,6 @@ fn resolve_memory(p: &mut Problems, draft: Option<MemoryDraft>) -> Memory {
         p.add("memory.max", "memory is plugged in by 128 MiB; make the room a multiple of that");
     }
     Memory { size, max }
-}
-
-fn resolve_boot(
-    p: &mut Problems,
-    image: Option<ImageName>,
-    flist: Option<Flist>,
-    draft: Option<BootDraft>,
-) -> Boot {
-    let BootDraft { kernel, initrd, cmdline, firmware, order, once } = draft.unwrap_or_default();
-    let asks_firmware = firmware.is_some() || order.is_some() || once.is_some();
-    if kernel.is_some() && asks_firmware {
-        p.add("boot", "`kernel` boots without firmware; `firmware`, `order` and `once` exclude it");
-    }
-    if kernel.is_none() && initrd.is_some() {
-        p.add("boot.initrd", "an initrd needs `boot.kernel`");
-    }
-    if kernel.is_none() && image.is_none() && flist.is_none() && cmdline.is_some() {
-        p.add("boot.cmdline", "a kernel command line needs `boot.kernel`, `image` or `flist`");
-    }
-    let cmdline = cmdline.unwrap_or_default();
-    if cmdline.len() > 2000 || cmdline.chars().any(char::is_control) {
-        p.add("boot.cmdline", "a command line has at most 2000 bytes and no control characters");
-    }
-    if let Some(flist) = flist {
-        if kernel.is_some() || asks_firmware {
-            p.add("boot", "an flist brings its own kernel; only `cmdline` can be added");
-        }
-        return Boot::Flist { flist, cmdline };
-    }
-    if let Some(kernel) = kernel {
-        let kernel = host_path(p, "boot.kernel", kernel);
-        let initrd = initrd.map(|path| host_path(p, "boot.initrd", path));
-        return Boot::Kernel { kernel, initrd, cmdline };
-    }
-    if let Some(image) = image.filter(|_| !asks_firmware) {
-        return Boot::Image { image, cmdline };
-    }
-    let mut devices: Vec<BootDevice> = Vec::new();
-    for (i, word) in order.unwrap_or_else(|| vec!["disk".into(), "cdrom".into()]).iter().enumerate()
-    {
-        match p.take(&format!("boot.order[{i}]"), word.parse()) {
-            Some(device) if devices.contains(&device) => {
-                p.add(format!("boot.order[{i}]"), format!("{device} is already in the order"));
-            }
-            Some(device) => devices.push(device),
-            None => {}
-        }
-    }
-    Boot::Firmware {
-        firmware: parse(p, "boot.firmware", firmware).unwrap_or(Firmware::Bios),
-        order: devices,
-        once: parse(p, "boot.once", once),
-    }
 }
 
 /// The disk that booting an image implies.

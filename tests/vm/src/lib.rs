@@ -10,6 +10,7 @@ pub mod metald;
 pub mod rfb;
 pub mod vmadm;
 pub mod xcluster;
+pub mod zero_os;
 
 pub use lab::Lab;
 

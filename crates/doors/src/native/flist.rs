@@ -78,7 +78,9 @@ pub enum FlistVerb {
         store: Option<String>,
     },
     /// Lay flists of one format over each other, later ones on top. Contents stay in their stores.
-    #[command(after_help = "Example:\n  lodge flist merge base.flist app.flist --out both.flist --route http://10.0.0.1/blocks")]
+    #[command(
+        after_help = "Example:\n  lodge flist merge base.flist app.flist --out both.flist --route http://10.0.0.1/blocks"
+    )]
     Merge {
         #[arg(required = true, value_hint = ValueHint::FilePath)]
         files: Vec<PathBuf>,

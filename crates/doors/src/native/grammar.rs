@@ -391,7 +391,7 @@ pub struct Run {
 
 #[derive(Debug, Args)]
 pub struct Plan {
-    /// A document, or the name of a stored image.
+    /// A document, the name of a stored image, or path or URL of an flist.
     pub source: Option<String>,
     #[command(flatten)]
     pub machine: MachineFlags,

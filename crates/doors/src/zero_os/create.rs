@@ -162,7 +162,8 @@ pub(super) fn draft(
     // Without the default network there is nothing that a port could lead to.
     let default = params.nics.iter().any(|nic| nic.kind == "default");
     let ports = params.port.iter().flatten().filter(|_| default);
-    let ports = ports.map(|(host, guest)| nics::port(host, *guest)).collect::<Result<Vec<_>, _>>()?;
+    let ports =
+        ports.map(|(host, guest)| nics::port(host, *guest)).collect::<Result<Vec<_>, _>>()?;
     let shares = params.mount.iter().flatten().map(|mount| ShareDraft {
         source: Some(mount.source.clone()),
         tag: Some(mount.target.clone()),

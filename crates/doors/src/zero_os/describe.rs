@@ -97,7 +97,8 @@ pub(super) fn infops(machine: &Machine, usage: &Usage, now_s: i64) -> Value {
     let mut all = serde_json::Map::new();
     let mut put = |metric: &str, id: &str, op: &str, value: f64| {
         let tags = json!([{"key": "type", "value": "virt"}, {"key": "id", "value": id}]);
-        let sample = json!({"avg": value, "total": value, "max": value, "count": 1, "start": now_s});
+        let sample =
+            json!({"avg": value, "total": value, "max": value, "count": 1, "start": now_s});
         all.insert(
             format!("{metric}/{id}"),
             json!({

@@ -1,7 +1,8 @@
 //! What happens to machines, as messages of the job `kvm.events`, which runs as long as the door
 //! is open.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lodge_spec::names::MachineId;
@@ -24,8 +25,8 @@ fn words(event: &Event) -> Option<(&'static str, &'static str)> {
         "running" => ("started", "booted"),
         "paused" => ("suspended", "paused"),
         "resumed" => ("resumed", "unpaused"),
-        "stopping" | "stop" => ("shutdown", "finished"),
-        "stopped" => ("stopped", "shutdown"),
+        "stop" => ("shutdown", "finished"),
+        "exited" => ("stopped", "shutdown"),
         "failed" => ("stopped", "crashed"),
         _ => return None,
     })
@@ -38,24 +39,41 @@ impl<C: Control> Door<C> {
         let mut sequence = 0u64;
         // What machines are called here, for when they are gone.
         let mut names: BTreeMap<MachineId, String> = BTreeMap::new();
+        let mut running: BTreeSet<MachineId> = BTreeSet::new();
         let request = Request::Events { target: None, follow: true, past: false };
         let mut replies = self.hear(request);
         while let Some(reply) = replies.recv().await {
             let Reply::Event { event } = reply else { continue };
-            let Some((word, detail)) = words(&event) else { continue };
-            if !names.contains_key(&event.id) {
-                let Ok(machine) = self.find(&event.id.to_string()).await else { continue };
-                names.insert(event.id, machine.name);
+            let Some(words) = words(&event) else { continue };
+            let name = match names.entry(event.id) {
+                Entry::Occupied(known) => known.get().clone(),
+                Entry::Vacant(place) => match self.find(&event.id.to_string()).await {
+                    Ok(machine) => place.insert(machine.name).clone(),
+                    // Another door's.
+                    Err(_) => continue,
+                },
+            };
+            let mut all = vec![words];
+            match words.0 {
+                "started" => drop(running.insert(event.id)),
+                "stopped" => drop(running.remove(&event.id)),
+                // One that was taken away while it ran has stopped before.
+                "undefined" if running.remove(&event.id) => {
+                    all.insert(0, ("stopped", "destroyed"));
+                }
+                _ => {}
             }
-            sequence += 1;
-            let message = json!({
-                "uuid": event.id.to_string(),
-                "name": names[&event.id],
-                "event": word,
-                "detail": detail,
-                "sequence": sequence,
-            });
-            log.say(record(JOB, &message.to_string(), 0));
+            for (word, detail) in all {
+                sequence += 1;
+                let message = json!({
+                    "uuid": event.id.to_string(),
+                    "name": name,
+                    "event": word,
+                    "detail": detail,
+                    "sequence": sequence,
+                });
+                log.say(record(JOB, &message.to_string(), 0));
+            }
             if event.kind == "removed" {
                 names.remove(&event.id);
             }

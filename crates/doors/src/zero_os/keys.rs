@@ -65,7 +65,11 @@ impl Keys {
         state.bytes += item.len();
         let fresh = || List { items: VecDeque::new(), ends: None };
         let list = state.lists.entry(key.to_vec()).or_insert_with(fresh);
-        if before { list.items.push_front(item) } else { list.items.push_back(item) }
+        if before {
+            list.items.push_front(item)
+        } else {
+            list.items.push_back(item)
+        }
         let count = list.items.len();
         drop(state);
         self.pushed.notify_waiters();

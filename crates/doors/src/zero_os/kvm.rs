@@ -34,7 +34,8 @@ fn failure(refusal: &Refusal) -> Failure {
         Some(rest) => rest.to_owned(),
         None => message,
     };
-    if message.contains("port") && message.contains("is already in use") {
+    let taken = message.contains("port") && message.contains("is already in use");
+    if taken || message.ends_with("/tcp appears twice") {
         return Failure::new(format!("port already in use: {message}"));
     }
     Failure::new(message)
@@ -100,7 +101,9 @@ impl<C: Control> Door<C> {
             limit: usize::MAX,
         };
         match self.ask(Request::Page(page)).await {
-            Ok(Reply::Page { machines, .. }) => Ok(machines.iter().filter_map(Machine::of).collect()),
+            Ok(Reply::Page { machines, .. }) => {
+                Ok(machines.iter().filter_map(Machine::of).collect())
+            }
             Ok(_) => Err(Failure::new("no list came")),
             Err(refusal) => Err(failure(&refusal)),
         }
@@ -139,8 +142,7 @@ impl<C: Control> Door<C> {
     /// Asks the guest, and does not wait for what it makes of that.
     async fn shutdown(&self, arguments: &Value) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
-        let stop =
-            Request::Stop { target: machine.uuid, force: false, timeout_ms: GRACE_MS };
+        let stop = Request::Stop { target: machine.uuid, force: false, timeout_ms: GRACE_MS };
         let mut replies = self.hear(stop);
         let asked = tokio::time::timeout(std::time::Duration::from_millis(200), replies.recv());
         match asked.await {

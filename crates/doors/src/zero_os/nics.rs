@@ -143,7 +143,10 @@ mod tests {
 
     #[test]
     fn addresses_follow_from_the_number() {
-        assert_eq!((address(2).to_string(), mac(2)), ("172.19.0.2".into(), "00:28:06:82:00:02".into()));
+        assert_eq!(
+            (address(2).to_string(), mac(2)),
+            ("172.19.0.2".into(), "00:28:06:82:00:02".into())
+        );
         assert_eq!(address(0x1234).to_string(), "172.19.18.52");
         assert_eq!((after(1), after(2), after(0xfffe), after(0xffff)), (2, 3, 2, 2));
     }

@@ -43,7 +43,9 @@ pub async fn serve<C: Control>(
             match tls {
                 None => drop(attend(stream, &door).await),
                 Some(tls) => {
-                    if let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await {
+                    if let Ok(Ok(stream)) =
+                        tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await
+                    {
                         drop(attend(stream, &door).await);
                     }
                 }

@@ -133,9 +133,7 @@ impl Index {
     /// Where a symbolic link points.
     pub fn target(&self, node: &Node) -> &[u8] {
         match node.kind {
-            Kind::Symlink => {
-                &self.text[node.first as usize..(node.first + node.count) as usize]
-            }
+            Kind::Symlink => &self.text[node.first as usize..(node.first + node.count) as usize],
             _ => &[],
         }
     }
@@ -215,9 +213,16 @@ pub(super) struct Found<'a> {
 pub(super) enum What<'a> {
     Directory,
     /// Pages in a block.
-    File { size: u64, pages: u16 },
+    File {
+        size: u64,
+        pages: u16,
+    },
     Symlink(&'a [u8]),
-    Device { character: bool, major: u32, minor: u32 },
+    Device {
+        character: bool,
+        major: u32,
+        minor: u32,
+    },
     Fifo,
     Socket,
 }
@@ -283,7 +288,17 @@ impl Builder {
         let Found { mode, uid, gid, time, .. } = *found;
         let mode = mode & 0o7777;
         self.index.nodes.push(Node {
-            kind, mode, uid, gid, size, time, parent, pages, name, first, count,
+            kind,
+            mode,
+            uid,
+            gid,
+            size,
+            time,
+            parent,
+            pages,
+            name,
+            first,
+            count,
         });
         Ok(number as u32)
     }

@@ -60,7 +60,10 @@ fn unpack(input: impl Read) -> Result<(Vec<u8>, Option<String>), Error> {
                 match &*name {
                     DATABASE if database.is_some() => return bad("it has two databases"),
                     DATABASE if size > MAX_DATABASE => {
-                        return bad(format!("its database is larger than {} MiB", MAX_DATABASE >> 20));
+                        return bad(format!(
+                            "its database is larger than {} MiB",
+                            MAX_DATABASE >> 20
+                        ));
                     }
                     DATABASE => database = Some(super::take(entry)?),
                     ROUTER => {
@@ -68,13 +71,20 @@ fn unpack(input: impl Read) -> Result<(Vec<u8>, Option<String>), Error> {
                         entry.take(MAX_ROUTER).read_to_string(&mut text)?;
                         router = Some(text);
                     }
-                    name if name == "CURRENT" || name.starts_with("MANIFEST-") || name.ends_with(".sst") => {
+                    name if name == "CURRENT"
+                        || name.starts_with("MANIFEST-")
+                        || name.ends_with(".sst") =>
+                    {
                         return bad(
                             "it is a RocksDB flist of before August 2018, which is not supported; \
                              make it anew from its files",
                         );
                     }
-                    _ => return bad(format!("its archive holds {name}, which is no part of an flist")),
+                    _ => {
+                        return bad(format!(
+                            "its archive holds {name}, which is no part of an flist"
+                        ));
+                    }
                 }
             }
             other => return bad(format!("its archive holds {name} of the kind {other:?}")),
@@ -340,7 +350,10 @@ fn directory_entry(tree: &Tree<Vec<Block>>, path: &str, index: usize) -> Vec<u8>
     let node = &tree.nodes()[index];
     let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
     let children: Vec<(&str, usize)> = tree.children(path).collect();
-    let blocks: usize = children.iter().map(|(_, i)| tree.nodes()[*i].size().div_ceil(u64::from(BLOCK)) as usize).sum();
+    let blocks: usize = children
+        .iter()
+        .map(|(_, i)| tree.nodes()[*i].size().div_ceil(u64::from(BLOCK)) as usize)
+        .sum();
     let mut message = new_message(128 + path.len() + children.len() * 48 + blocks * 8);
     let mut entry = message.init_root::<dir::Builder<'_>>();
     entry.set_name(name);
@@ -362,7 +375,8 @@ fn directory_entry(tree: &Tree<Vec<Block>>, path: &str, index: usize) -> Vec<u8>
         let attributes = inode.init_attributes();
         match &node.kind {
             tree::Kind::Directory => {
-                let full = if path.is_empty() { (*name).to_owned() } else { format!("{path}/{name}") };
+                let full =
+                    if path.is_empty() { (*name).to_owned() } else { format!("{path}/{name}") };
                 attributes.init_dir().set_key(directory_key(&full).as_str());
             }
             tree::Kind::File { contents, .. } => {
@@ -381,7 +395,11 @@ fn directory_entry(tree: &Tree<Vec<Block>>, path: &str, index: usize) -> Vec<u8>
             }
             tree::Kind::Device { character, major, minor } => {
                 let mut special = attributes.init_special();
-                special.set_type(if *character { special::Type::Chardev } else { special::Type::Block });
+                special.set_type(if *character {
+                    special::Type::Chardev
+                } else {
+                    special::Type::Block
+                });
                 special.set_data(format!("{major},{minor}").as_bytes());
             }
             tree::Kind::Fifo => {

@@ -216,7 +216,8 @@ pub(super) fn write(
             transaction.execute("INSERT INTO tag VALUES (?1, ?2)", params![key, value])?;
         }
         for (start, end, url) in &routes.ranges {
-            transaction.execute("INSERT INTO route VALUES (?1, ?2, ?3)", params![start, end, url])?;
+            transaction
+                .execute("INSERT INTO route VALUES (?1, ?2, ?3)", params![start, end, url])?;
         }
     }
     transaction.commit()?;
@@ -225,6 +226,7 @@ pub(super) fn write(
 
 fn rdev(major: u32, minor: u32) -> i64 {
     let (major, minor) = (u64::from(major), u64::from(minor));
-    let number = (major & 0xfff) << 8 | (major & !0xfff) << 32 | minor & 0xff | (minor & !0xff) << 12;
+    let number =
+        (major & 0xfff) << 8 | (major & !0xfff) << 32 | minor & 0xff | (minor & !0xff) << 12;
     number as i64
 }

@@ -140,7 +140,10 @@ fn archives_of_strangers_are_refused_case_27() {
         (vec![("../evil", &b"x"[..], Regular)], "leaves the root"),
         (vec![("/etc/evil", b"x", Regular)], "absolute path"),
         (vec![("flistdb.sqlite3", b"", Symlink)], "of the kind Symlink"),
-        (vec![("flistdb.sqlite3", b"x", Regular), ("./flistdb.sqlite3", b"x", Regular)], "two databases"),
+        (
+            vec![("flistdb.sqlite3", b"x", Regular), ("./flistdb.sqlite3", b"x", Regular)],
+            "two databases",
+        ),
         (vec![("other", b"x", Regular)], "no part of an flist"),
         (vec![("router.yaml", b"x", Regular)], "holds no flistdb.sqlite3"),
         (vec![("flistdb.sqlite3", b"no database", Regular)], "not a database"),
@@ -193,7 +196,8 @@ fn messages_of_strangers_are_refused_case_26() {
     assert!(said.contains("message in its database"), "{said}");
     // Its contents: half a milliard structs of no size, a count beyond the segment, a pointer out
     // of it.
-    let root = |contents: u64, tag: u64| [0, 0x0005_0002_0000_0000, 0, 0, 0, 0, contents, 0, 0, tag];
+    let root =
+        |contents: u64, tag: u64| [0, 0x0005_0002_0000_0000, 0, 0, 0, 0, contents, 0, 0, tag];
     for root in [
         root(0x0000_0007_0000_0009, 0x0000_0000_7fff_fffc),
         root(0xffff_fff7_0000_0009, 0x0000_0000_7fff_fffc),
@@ -203,9 +207,14 @@ fn messages_of_strangers_are_refused_case_26() {
         bytes.rotate_right(4);
         bytes.extend(root[1..].iter().flat_map(|word| word.to_le_bytes()));
         let said = repacked(|db| {
-            db.execute("UPDATE entries SET value = ?1 WHERE key = ?2", (&bytes, ROOT)).map(drop).unwrap();
+            db.execute("UPDATE entries SET value = ?1 WHERE key = ?2", (&bytes, ROOT))
+                .map(drop)
+                .unwrap();
         });
-        assert!(said.contains("message in its database") || said.contains("no name of a file"), "{said}");
+        assert!(
+            said.contains("message in its database") || said.contains("no name of a file"),
+            "{said}"
+        );
     }
 }
 

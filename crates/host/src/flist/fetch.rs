@@ -246,7 +246,13 @@ impl Fetcher {
     }
 
     /// Brings blocks into the cache that will be needed, with so many threads.
-    pub fn ahead(&self, index: &Index, numbers: &[u32], limits: impl Fn(u32) -> u32 + Sync, threads: usize) {
+    pub fn ahead(
+        &self,
+        index: &Index,
+        numbers: &[u32],
+        limits: impl Fn(u32) -> u32 + Sync,
+        threads: usize,
+    ) {
         let next = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..threads {

@@ -335,7 +335,10 @@ impl FileSystem for Fuse {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let mode = libc::S_IFREG | args.mode & 0o7777;
         let entry = match self.make(dir, name, self.fresh(ctx, mode, Vec::new(), 0)) {
-            Err(e) if e.raw_os_error() == Some(libc::EEXIST) && args.flags & libc::O_EXCL as u32 == 0 => {
+            Err(e)
+                if e.raw_os_error() == Some(libc::EEXIST)
+                    && args.flags & libc::O_EXCL as u32 == 0 =>
+            {
                 self.lookup(ctx, dir, name)?
             }
             made => made?,
@@ -416,7 +419,14 @@ impl FileSystem for Fuse {
         self.tree.layer().room()
     }
 
-    fn setxattr(&self, _: &Context, ino: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+    fn setxattr(
+        &self,
+        _: &Context,
+        ino: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+    ) -> io::Result<()> {
         let name = name.to_bytes();
         if let (View::Mapped { .. }, Some(what)) = (self.view, name.strip_prefix(MAPPED))
             && matches!(what, b"uid" | b"gid" | b"mode" | b"rdev")
@@ -517,7 +527,8 @@ impl Fuse {
         let own = self.tree.attr(dir)?;
         for (place, name) in [(1, &b"."[..]), (2, b"..")] {
             let type_ = kind_of(libc::S_IFDIR);
-            if offset < place && add(&own, DirEntry { ino: dir, offset: place, type_, name })? == 0 {
+            if offset < place && add(&own, DirEntry { ino: dir, offset: place, type_, name })? == 0
+            {
                 return Ok(());
             }
         }

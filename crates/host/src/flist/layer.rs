@@ -260,7 +260,12 @@ impl Layer {
         if let Some(file) = self.open.get(&ino) {
             return Ok(Some(file.clone()));
         }
-        let open = File::options().read(true).write(true).create(write).truncate(false).open(self.path(ino));
+        let open = File::options()
+            .read(true)
+            .write(true)
+            .create(write)
+            .truncate(false)
+            .open(self.path(ino));
         let file = match open {
             Ok(file) => Arc::new(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -318,7 +323,12 @@ impl Layer {
     }
 
     /// `None` takes it away.
-    pub(super) fn put_xattr(&mut self, ino: u64, name: &[u8], value: Option<&[u8]>) -> io::Result<()> {
+    pub(super) fn put_xattr(
+        &mut self,
+        ino: u64,
+        name: &[u8],
+        value: Option<&[u8]>,
+    ) -> io::Result<()> {
         self.changed = true;
         let all = self.xattrs.entry(ino).or_default();
         match value {

@@ -59,7 +59,8 @@ struct BootYaml {
 
 pub(super) fn prepare(tree: &Tree, order: &Order) -> Result<Found, String> {
     for file in &order.files {
-        put(tree, file).map_err(|why| format!("cannot put {:?} into the root: {why}", file.path))?;
+        put(tree, file)
+            .map_err(|why| format!("cannot put {:?} into the root: {why}", file.path))?;
     }
     let mut found = find(tree, &order.out)?;
     found.files = order.files.len();

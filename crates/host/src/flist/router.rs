@@ -14,8 +14,7 @@ struct Router {
 
 /// First and last first byte of the block names, and the store's URL, in order.
 pub fn read(text: &str) -> Result<Vec<(u8, u8, String)>, String> {
-    let router: Router =
-        serde_saphyr::from_str(text).map_err(|e| format!("router.yaml: {e}"))?;
+    let router: Router = serde_saphyr::from_str(text).map_err(|e| format!("router.yaml: {e}"))?;
     if router.lookup.is_empty() {
         return Err("router.yaml: no lookup table defined".into());
     }
@@ -24,8 +23,8 @@ pub fn read(text: &str) -> Result<Vec<(u8, u8, String)>, String> {
         let pool = router.pools.get(name);
         let pool = pool.ok_or_else(|| format!("router.yaml: no pool with name '{name}'"))?;
         for (range, url) in pool {
-            let (first, last) = bounds(range)
-                .ok_or_else(|| format!("router.yaml: invalid range {range:?}"))?;
+            let (first, last) =
+                bounds(range).ok_or_else(|| format!("router.yaml: invalid range {range:?}"))?;
             all.push((first, last, url.clone()));
         }
     }

@@ -7,8 +7,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use fuse_backend_rs::api::server::Server;
@@ -156,10 +156,14 @@ fn open(config: &Config) -> Result<Tree, String> {
     let mut stores = fetch::routes(&routes, config.store.as_deref())?;
     // What a stranger wrote does not lead into this host.
     let own = |url: &str| !fetch::is_local(url) || config.store.as_deref() == Some(url);
-    if let Some((_, _, url)) = stores.iter().find(|(_, _, url)| !own(url)) {
-        complain("the flist", 0, &format!("its store {url} is on this host; name it to allow it"));
-    }
+    let foreign = stores.iter().find(|(_, _, url)| !own(url)).map(|(_, _, url)| url.clone());
     stores.retain(|(_, _, url)| own(url));
+    match foreign {
+        Some(url) if stores.is_empty() => {
+            return Err(format!("its store {url} is on this host; name it yourself to allow it"));
+        }
+        _ => {}
+    }
     // The flist itself is no longer needed; only what was made of it stays in memory.
     drop(routes);
     // SAFETY: gives memory back that nobody uses; takes a plain number.

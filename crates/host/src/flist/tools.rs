@@ -204,11 +204,14 @@ fn line(index: &Index, node: &Node) -> String {
 
 /// A foreign name as a terminal may be shown it.
 fn shown(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).chars().flat_map(|c| {
-        let control = c.is_control();
-        let escaped = control.then(|| c.escape_default());
-        escaped.into_iter().flatten().chain((!control).then_some(c))
-    }).collect()
+    String::from_utf8_lossy(name)
+        .chars()
+        .flat_map(|c| {
+            let control = c.is_control();
+            let escaped = control.then(|| c.escape_default());
+            escaped.into_iter().flatten().chain((!control).then_some(c))
+        })
+        .collect()
 }
 
 /// Writes a file's contents.

@@ -1,8 +1,8 @@
 //! The process behind a root that is an flist: started before the hypervisor, so that it is there
 //! when the jail gives it the file system; it ends when that is unmounted.
 
-use std::io::{BufRead, BufReader, Write};
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
@@ -18,7 +18,8 @@ pub(super) fn start(root: &RootServer) -> Result<Child, String> {
     let (ours, theirs) = UnixStream::pair().map_err(text)?;
     place(ours, root.jail)?;
     place(theirs, root.own)?;
-    let log = File::options().create(true).append(true).mode(0o600).open(&root.log).map_err(text)?;
+    let log =
+        File::options().create(true).append(true).mode(0o600).open(&root.log).map_err(text)?;
     let own = std::env::current_exe().map_err(text)?;
     let mut command = Tool::new(own).arg(WORD).command().into_std();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);

@@ -14,3 +14,4 @@ mod rootless;
 mod vmadm;
 mod vmm;
 mod xcluster;
+mod zero_os;

@@ -342,7 +342,9 @@ fn warden(
         writes_files: machine.shares.iter().any(|s| !s.read_only) || root.is_some(),
         binds_sockets: false,
         network: None,
-        fuse: root.as_ref().map(|root| FuseMount { target: extras::ROOT.into(), socket: root.jail }),
+        fuse: root
+            .as_ref()
+            .map(|root| FuseMount { target: extras::ROOT.into(), socket: root.jail }),
         terminal: None,
     };
     WardenPlan {

@@ -29,7 +29,8 @@ impl Bucket {
         let scheme = if secure { "https" } else { "http" };
         let endpoint = Url::parse(&format!("{scheme}://{host}:{port}"));
         let endpoint = endpoint.map_err(|e| e.to_string())?;
-        let place = Place::new(endpoint, UrlStyle::Path, name, region).map_err(|e| e.to_string())?;
+        let place =
+            Place::new(endpoint, UrlStyle::Path, name, region).map_err(|e| e.to_string())?;
         let key = url.username().to_owned();
         let secret = url.password().unwrap_or("").to_owned();
         Ok(Self { agent: web::agent(), place, credentials: Credentials::new(key, secret) })
