@@ -14,3 +14,4 @@ pub mod server;
 pub mod store;
 pub mod tools;
 pub mod tree;
+mod virtio;

@@ -107,6 +107,7 @@ const PLAIN: &[i64] = &[
     libc::SYS_munlockall,
     libc::SYS_msync,
     libc::SYS_mincore,
+    libc::SYS_memfd_create,
     libc::SYS_membarrier,
     libc::SYS_mbind,
     libc::SYS_get_mempolicy,

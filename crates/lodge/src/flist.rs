@@ -121,6 +121,11 @@ fn tree_of(source: &str) -> Result<create::Source> {
     };
     put("boot/vmlinuz", read(kernel)?)?;
     put("boot/initrd.img", read(initrd)?)?;
+    // Without 9p in its kernel it boots by the newer convention, from virtio-fs.
+    if !create::has_9p(&tree) {
+        return Ok(tree);
+    }
+    let mut put = |path: &str, bytes: Vec<u8>| told(create::add(&mut tree, path, 0o644, bytes));
     // What is about the image's own root is not about this one's.
     let words = manifest.cmdline.split_whitespace();
     let kept: Vec<&str> =

@@ -16,13 +16,23 @@ pub struct FlistDraft {
     /// URL of a store that is asked for blocks before those that the flist names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<String>,
+    /// How the guest reaches its root: `auto`, `9p` or `virtiofs`. `auto` when absent: 9p where the
+    /// flist has a `boot/boot.yaml`, virtio-fs otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transport: Option<String>,
 }
+
+crate::words!(
+    /// How a guest reaches a root that is no disk.
+    Transport { NineP = "9p", VirtioFs = "virtiofs" }
+);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flist {
     pub source: Source,
     /// A URL; may hold a password.
     pub store: Option<String>,
+    pub transport: Option<Transport>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +87,7 @@ impl std::str::FromStr for Source {
 }
 
 pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft) -> Option<Flist> {
-    let FlistDraft { source, store } = draft;
+    let FlistDraft { source, store, transport } = draft;
     let Some(source) = source else {
         p.add("flist.source", "where the flist is is missing: a path or a URL");
         return None;
@@ -85,12 +95,18 @@ pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft) -> Option<Flist> {
     if let Some(store) = store.as_deref().filter(|s| !s.contains("://")) {
         p.add("flist.store", format!("{store:?} is not the URL of a store"));
     }
-    Some(Flist { source: p.take("flist.source", source.parse())?, store })
+    let transport = transport.filter(|word| word != "auto");
+    let transport = transport.and_then(|word| p.take("flist.transport", word.parse()));
+    Some(Flist { source: p.take("flist.source", source.parse())?, store, transport })
 }
 
 impl Flist {
     pub fn to_draft(&self) -> FlistDraft {
-        FlistDraft { source: Some(self.source.as_str().to_owned()), store: self.store.clone() }
+        FlistDraft {
+            source: Some(self.source.as_str().to_owned()),
+            store: self.store.clone(),
+            transport: self.transport.map(|transport| transport.to_string()),
+        }
     }
 }
 

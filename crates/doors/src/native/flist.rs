@@ -103,7 +103,7 @@ pub(super) fn root(
                 true => text,
                 false => super::grammar::absolute(text.as_ref()),
             };
-            (None, Some(FlistDraft { source: Some(source), store }))
+            (None, Some(FlistDraft { source: Some(source), store, ..FlistDraft::default() }))
         }
         _ if store.is_some() => return Err("--store is about flists, and there is none".into()),
         image => (image, None),

@@ -189,6 +189,7 @@ pub(super) fn draft(
         flist: flist.map(|source| FlistDraft {
             source: Some(source),
             store: storage.or_else(|| settings.storage.clone()),
+            ..FlistDraft::default()
         }),
         disks: (!disks.is_empty()).then_some(disks),
         nics: Some(nics),

@@ -47,7 +47,8 @@ fn what_was_written_is_read() {
         let index = &read.index;
         let walk = |path: &str| {
             let parts = path.split('/').filter(|p| !p.is_empty());
-            parts.fold(Some(0), |at, part| index.lookup(at?, part.as_bytes()))
+            let mut parts = parts;
+            parts.try_fold(0, |at, part| index.lookup(at, part.as_bytes()))
         };
         let node = |path: &str| index.node(walk(path).unwrap()).unwrap();
         let two = node("usr/bin/two");

@@ -121,6 +121,11 @@ pub fn add(tree: &mut Source, path: &str, mode: u16, bytes: Vec<u8>) -> Result<(
     tree.lay(Node::new(&path, kind, mode, 0)).map_err(|e| e.to_string())
 }
 
+/// Whether a kernel among these files can mount a root over 9p.
+pub fn has_9p(tree: &Source) -> bool {
+    tree.nodes().iter().any(|node| node.path.contains("/kernel/fs/9p/9p.ko"))
+}
+
 /// Puts all contents into a store and writes the flist. `route` is where readers find the blocks,
 /// written into it; nothing where that is left to them.
 pub fn create(

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use lodge_spec::flist::{Flist, Source};
+use lodge_spec::flist::{Flist, Source, Transport};
 use lodge_spec::machine::Machine;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
@@ -33,12 +33,27 @@ pub struct Root {
     pub cache: PathBuf,
     pub layer: PathBuf,
     pub store: Option<String>,
+    pub transport: Transport,
 }
+
+/// What a kernel is told that nobody wrote a command line for.
+const BARE: &str = "rw console=ttyS0 reboot=k panic=1";
 
 impl Root {
     /// What a process is told that serves this root to QEMU.
     pub fn config(&self, socket: i32, owner: u32) -> Config {
-        self.order(Task::Fuse { socket, owner })
+        self.order(match self.transport {
+            Transport::NineP => Task::Fuse { socket, owner },
+            Transport::VirtioFs => Task::VirtioFs { socket },
+        })
+    }
+
+    /// What the guest calls its root.
+    pub fn tag(&self) -> &'static str {
+        match self.transport {
+            Transport::NineP => "root",
+            Transport::VirtioFs => "vroot",
+        }
     }
 
     fn order(&self, task: Task) -> Config {
@@ -48,15 +63,18 @@ impl Root {
 
     /// The kernel's command line, by the flist's own rules.
     pub fn cmdline(&self, added: &str) -> String {
-        let default = match (self.found.nodefault, self.found.by_yaml) {
-            (true, _) => "",
-            (false, true) => "rootfstype=9p rootflags=rw,trans=virtio,cache=loose root=root",
-            (false, false) => {
-                "rw console=ttyS0 reboot=k panic=1 root=root rootfstype=9p \
-                 rootflags=trans=virtio,cache=loose"
+        let (common, root) = match (self.found.nodefault, self.found.by_yaml, self.transport) {
+            (true, _, _) => ("", ""),
+            (false, true, Transport::NineP) => {
+                ("", "rootfstype=9p rootflags=rw,trans=virtio,cache=loose root=root")
             }
+            (false, true, Transport::VirtioFs) => ("", "rootfstype=virtiofs root=vroot rw"),
+            (false, false, Transport::NineP) => {
+                (BARE, "root=root rootfstype=9p rootflags=trans=virtio,cache=loose")
+            }
+            (false, false, Transport::VirtioFs) => (BARE, "root=vroot rootfstype=virtiofs"),
         };
-        let parts = [default, &self.found.cmdline, added].map(str::trim);
+        let parts = [common, root, &self.found.cmdline, added].map(str::trim);
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
     }
 }
@@ -115,11 +133,14 @@ pub async fn prepare(
         cache,
         layer,
         store: flist.store.clone(),
+        transport: Transport::NineP,
     };
     let config = root.order(Task::Prepare(Order { files, out: out.clone() }));
     let said = tokio::time::timeout(PREPARE, ask(&config)).await;
     let said = said.map_err(|_| "the flist's stores did not answer in time".to_owned())??;
     root.found = said.ok_or("the process that reads flists said nothing")?;
+    let usual = if root.found.by_yaml { Transport::NineP } else { Transport::VirtioFs };
+    root.transport = flist.transport.unwrap_or(usual);
     root.initrd = root.found.initrd.then(|| out.join("initrd"));
     Ok(root)
 }

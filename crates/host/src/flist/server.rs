@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use super::cache::Cache;
 use super::fetch::{self, Fetcher};
 use super::fuse::{Fuse, View};
-use super::prepare;
 use super::tree::Tree;
+use super::{prepare, virtio};
 
 /// The first argument of a process that is one of these.
 pub const WORD: &str = "flistd";
@@ -30,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// What is read in this time after the start is fetched ahead at the next.
 const START: Duration = Duration::from_secs(60);
 /// Requests that are answered at once; all but a few of these wait for stores.
-const THREADS: usize = 24;
+pub(super) const THREADS: usize = 24;
 const AHEAD: usize = 8;
 /// As large as a request can be, with room for its head.
 const REQUEST: usize = (1 << 20) + 4096;
@@ -51,6 +52,13 @@ pub struct Config {
     pub task: Task,
 }
 
+impl Config {
+    /// The root is a mount, which the hypervisor's jail makes.
+    pub fn is_mounted(&self) -> bool {
+        matches!(self.task, Task::Fuse { .. })
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Task {
@@ -59,6 +67,8 @@ pub enum Task {
     /// Serves the tree to QEMU's 9p server, which runs as this user, over the FUSE device that
     /// comes over the descriptor.
     Fuse { socket: i32, owner: u32 },
+    /// Serves the tree as a virtio-fs device to the hypervisor that connects to this descriptor.
+    VirtioFs { socket: i32 },
 }
 
 /// What the process says once: `Ok` with what was found, if anything was looked for.
@@ -135,8 +145,19 @@ fn run(config: &Config) -> Result<(), String> {
         Task::Fuse { socket, owner } => {
             say(&Ok(None));
             let device = receive(*socket).map_err(|e| format!("the file system's device: {e}"))?;
-            serve(config, &tree, &device, View::Mapped { uid: *owner });
+            let server =
+                Arc::new(Server::new(Fuse::new(tree.clone(), View::Mapped { uid: *owner })));
+            attend(config, &tree, || serve(&server, &device));
             Ok(())
+        }
+        Task::VirtioFs { socket } => {
+            // SAFETY: whoever started us opened this descriptor for us and names it in the order.
+            let listener = unsafe { UnixListener::from_raw_fd(*socket) };
+            let server = Arc::new(Server::new(Fuse::new(tree.clone(), View::Plain)));
+            say(&Ok(None));
+            let mut served = Ok(());
+            attend(config, &tree, || served = virtio::serve(server, listener));
+            served
         }
     }
 }
@@ -180,29 +201,33 @@ fn receive(socket: i32) -> io::Result<OwnedFd> {
     crate::fdpass::receive_fd(&socket)
 }
 
-/// Answers until nobody has the file system mounted any more.
-fn serve(config: &Config, tree: &Arc<Tree>, device: &OwnedFd, view: View) {
-    let server = Arc::new(Server::new(Fuse::new(tree.clone(), view)));
+/// Does what goes along with serving.
+fn attend(config: &Config, tree: &Arc<Tree>, serve: impl FnOnce()) {
     let profile = config.cache.join("starts").join(profile_name(config));
+    // What ended does not wait for these; the process does not either.
+    spawn(ahead(tree.clone(), profile.clone()));
+    let safe = tree.clone();
+    spawn(move || safe.keep_safe());
+    serve();
+    let _ = tree.sync();
+    keep_start(tree, &profile);
+}
+
+/// Answers until nobody has the file system mounted any more.
+fn serve(server: &Arc<Server<Fuse>>, device: &OwnedFd) {
     std::thread::scope(|scope| {
-        // What ended does not wait for these; the process does not either.
-        spawn(ahead(tree.clone(), profile.clone()));
-        let safe = tree.clone();
-        spawn(move || safe.keep_safe());
         let threads: Vec<_> = (0..THREADS)
             .filter_map(|_| {
-                let server = server.clone();
+                let server: Arc<Server<Fuse>> = server.clone();
                 let answer = move || answer(&server, device);
                 std::thread::Builder::new().stack_size(256 << 10).spawn_scoped(scope, answer).ok()
             })
             .collect();
         threads.into_iter().for_each(|t| drop(t.join()));
     });
-    let _ = tree.sync();
-    keep_start(tree, &profile);
 }
 
-fn spawn(work: impl FnOnce() + Send + 'static) {
+pub(super) fn spawn(work: impl FnOnce() + Send + 'static) {
     let builder = std::thread::Builder::new().stack_size(256 << 10);
     // Without it the work is not done, which costs time and safety and nothing else.
     let _ = builder.spawn(work);

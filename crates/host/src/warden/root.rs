@@ -5,19 +5,30 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Stdio};
 
-use super::start::place;
+use super::start::{listen, place};
 use crate::backend::RootServer;
 use crate::flist::server::{Said, WORD};
 use crate::proc::Tool;
 
 /// Starts it and waits until it has read the flist.
-pub(super) fn start(root: &RootServer) -> Result<Child, String> {
+pub(super) fn start(root: &RootServer, run: &Path) -> Result<Child, String> {
     let text = |e: std::io::Error| format!("the process that serves the root: {e}");
-    let (ours, theirs) = UnixStream::pair().map_err(text)?;
-    place(ours, root.jail)?;
-    place(theirs, root.own)?;
+    if root.config.is_mounted() {
+        let (ours, theirs) = UnixStream::pair().map_err(text)?;
+        place(ours, root.jail)?;
+        place(theirs, root.own)?;
+    } else {
+        // Its name is needed for a moment only.
+        let path = run.join("root.sock");
+        let listener = listen(&path)?;
+        let connected = UnixStream::connect(&path);
+        let _ = std::fs::remove_file(&path);
+        place(listener, root.own)?;
+        place(connected.map_err(text)?, root.jail)?;
+    }
     let log =
         File::options().create(true).append(true).mode(0o600).open(&root.log).map_err(text)?;
     let own = std::env::current_exe().map_err(text)?;

@@ -85,7 +85,7 @@ pub(super) fn start() -> Result<Started, String> {
         }
         None => None,
     };
-    let root = plan.root.as_ref().map(root::start).transpose()?;
+    let root = plan.root.as_ref().map(|root| root::start(root, &plan.run)).transpose()?;
     let (status, theirs) = UnixStream::pair().map_err(text("status"))?;
     place(theirs, plan.jail.status_fd)?;
     let limits = &plan.cgroup;
@@ -148,7 +148,7 @@ fn open_console(end: ConsoleEnd) -> io::Result<OwnedFd> {
 fn lent(plan: &WardenPlan) -> Vec<i32> {
     let mut list = plan.jail.keep_fds.clone();
     list.push(plan.jail.status_fd);
-    list.extend(plan.root.iter().map(|root| root.jail));
+    list.extend(plan.jail.fuse.iter().map(|fuse| fuse.socket));
     list.extend(plan.taps.iter().filter(|tap| tap.opened_by.is_some()).map(|tap| tap.fd));
     if let ConsoleEnd::Terminal(fd) = plan.console {
         list.push(fd);
@@ -179,7 +179,7 @@ pub(super) fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, Str
     Ok(list)
 }
 
-fn listen(path: &Path) -> Result<UnixListener, String> {
+pub(super) fn listen(path: &Path) -> Result<UnixListener, String> {
     // A socket left by a process that is gone; whoever runs would hold the run folder's machine.
     let _ = fs::remove_file(path);
     UnixListener::bind(path).map_err(text(path.display()))

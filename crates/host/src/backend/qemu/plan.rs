@@ -69,7 +69,7 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
         args.add("-L", folder.display().to_string());
     }
     identity(&mut args, machine);
-    processor(&mut args, machine, accel, board, qemu, facts);
+    processor(&mut args, machine, survey, accel, board, qemu, facts);
     boot(&mut args, machine, survey, accel, board, qemu, facts.tsc_khz);
     devices::all(&mut args, machine, survey);
     extras::all(&mut args, machine, survey);
@@ -206,6 +206,7 @@ fn identity(args: &mut Arguments, machine: &Machine) {
 fn processor(
     args: &mut Arguments,
     machine: &Machine,
+    survey: &Survey,
     accel: Accel,
     board: Board,
     qemu: &QemuFacts,
@@ -222,6 +223,7 @@ fn processor(
     {
         option.push_str(",pflash0=uefi-code,pflash1=uefi-vars");
     }
+    option.push_str(extras::memory_backend(survey));
     args.add("-machine", option);
     match (accel, &facts.kvm) {
         (Accel::Kvm, KvmFact::Proven { arch_capabilities: false, .. }) => {
@@ -316,7 +318,7 @@ fn warden(
     args.add("-serial", "chardev:console");
     let mdata = extras::second_serial(&mut args, machine, survey);
     let screen = extras::screen(&mut args, machine, survey);
-    let root = extras::root(&mut args, survey);
+    let root = extras::root(&mut args, machine, survey);
     let status_fd = args.next_fd();
     let Arguments { argv, binds, files, taps, mut kept, .. } = args;
     kept.extend([qmp_fd, console_fd]);
@@ -344,6 +346,7 @@ fn warden(
         network: None,
         fuse: root
             .as_ref()
+            .filter(|root| root.config.is_mounted())
             .map(|root| FuseMount { target: extras::ROOT.into(), socket: root.jail }),
         terminal: None,
     };

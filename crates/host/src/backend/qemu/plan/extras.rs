@@ -2,6 +2,7 @@
 //! second serial port, a name for the guest to see.
 
 use lodge_spec::extras::{Display, Smbios, Vga};
+use lodge_spec::flist::Transport;
 use lodge_spec::machine::{BackendKind, Machine};
 
 use super::devices::Arguments;
@@ -10,6 +11,7 @@ use crate::backend::{MdataEnd, RootServer, Screen, Survey, Unsupported};
 
 /// Where a root that is an flist is mounted, inside.
 pub(super) const ROOT: &str = "/root";
+const RAM: &str = "ram";
 /// The file with the screen's password, inside.
 const PASSWORD: &str = "/vnc-password";
 
@@ -96,14 +98,34 @@ pub(super) fn screen(
     Some((screen, fd))
 }
 
-/// A root that is an flist, as a 9p share with the tag that the flist's command line names. Owners
-/// and modes are attributes by name, so the hypervisor needs no privilege to keep them.
-pub(super) fn root(args: &mut Arguments, survey: &Survey) -> Option<RootServer> {
+/// A root that is an flist. As a 9p share, owners and modes are attributes by name, so the
+/// hypervisor needs no privilege to keep them; as virtio-fs, it only hands the guest's memory on.
+pub(super) fn root(args: &mut Arguments, machine: &Machine, survey: &Survey) -> Option<RootServer> {
     let root = survey.root.as_ref()?;
     let (jail, own) = (args.next_fd(), args.next_fd());
-    let options = "multidevs=forbid,security_model=mapped-xattr";
-    args.add("-fsdev", format!("local,id=root,path={ROOT},{options}"));
-    args.add("-device", "virtio-9p-pci,id=fs-root,fsdev=root,mount_tag=root");
+    let tag = root.tag();
+    match root.transport {
+        Transport::NineP => {
+            let options = "multidevs=forbid,security_model=mapped-xattr";
+            args.add("-fsdev", format!("local,id=root,path={ROOT},{options}"));
+            args.add("-device", format!("virtio-9p-pci,id=fs-root,fsdev=root,mount_tag={tag}"));
+        }
+        Transport::VirtioFs => {
+            args.kept.push(jail);
+            let size = machine.memory.size.as_mib();
+            args.add("-object", format!("memory-backend-memfd,id={RAM},size={size}M,share=on"));
+            args.add("-chardev", format!("socket,id=root,fd={jail}"));
+            args.add("-device", format!("vhost-user-fs-pci,id=fs-root,chardev=root,tag={tag}"));
+        }
+    }
     let log = survey.state.join("flist.log");
     Some(RootServer { config: root.config(own, survey.uid), jail, own, log })
+}
+
+/// Where the guest's memory comes from, if others are to see it too.
+pub(super) fn memory_backend(survey: &Survey) -> &'static str {
+    match survey.root.as_ref().map(|root| root.transport) {
+        Some(Transport::VirtioFs) => ",memory-backend=ram",
+        Some(Transport::NineP) | None => "",
+    }
 }
