@@ -219,13 +219,20 @@ impl MdataEnd {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootServer {
     pub config: server::Config,
-    /// Under this number the jail finds its end of the socket over which it gives the file system
-    /// away.
-    pub jail: i32,
+    /// Under this number the jail, or the hypervisor in it, finds its end of the socket. Absent:
+    /// the hypervisor connects to the socket itself, by its path.
+    pub jail: Option<i32>,
     /// Under this one the process does.
     pub own: i32,
     /// What it says on its standard error.
     pub log: PathBuf,
+}
+
+impl RootServer {
+    /// Where the process listens for the hypervisor.
+    pub fn socket(run: &std::path::Path) -> PathBuf {
+        run.join("root.sock")
+    }
 }
 
 /// What the hypervisor sees of its serial console, and under which number.

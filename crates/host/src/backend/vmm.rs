@@ -168,6 +168,7 @@ pub(crate) fn jail(
 pub(crate) const TERMINAL: i32 = FIRST_FD;
 const STATUS: i32 = FIRST_FD + 1;
 pub(crate) const API: i32 = FIRST_FD + 2;
+pub(crate) const ROOT: i32 = FIRST_FD + 3;
 pub(crate) const FIRST_TAP: i32 = FIRST_FD + 10;
 
 pub(crate) fn warden(

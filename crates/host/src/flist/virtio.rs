@@ -49,6 +49,8 @@ pub(super) fn serve(server: Arc<Server<Fuse>>, listener: UnixListener) -> Result
     daemon.start(&mut Listener::from(listener)).map_err(text)?;
     // However it breaks off, the hypervisor is gone.
     let _ = daemon.wait();
+    // Its threads wait for queues that nobody fills any more; they end with the process.
+    std::mem::forget(daemon);
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -16,18 +16,29 @@ use crate::proc::Tool;
 /// Starts it and waits until it has read the flist.
 pub(super) fn start(root: &RootServer, run: &Path) -> Result<Child, String> {
     let text = |e: std::io::Error| format!("the process that serves the root: {e}");
-    if root.config.is_mounted() {
-        let (ours, theirs) = UnixStream::pair().map_err(text)?;
-        place(ours, root.jail)?;
-        place(theirs, root.own)?;
-    } else {
-        // Its name is needed for a moment only.
-        let path = run.join("root.sock");
-        let listener = listen(&path)?;
-        let connected = UnixStream::connect(&path);
-        let _ = std::fs::remove_file(&path);
-        place(listener, root.own)?;
-        place(connected.map_err(text)?, root.jail)?;
+    match root.jail {
+        Some(jail) if root.config.is_mounted() => {
+            let (ours, theirs) = UnixStream::pair().map_err(text)?;
+            place(ours, jail)?;
+            place(theirs, root.own)?;
+        }
+        jail => {
+            let path = RootServer::socket(run);
+            place(listen(&path)?, root.own)?;
+            match jail {
+                // Its name is needed for a moment only.
+                Some(jail) => {
+                    let connected = UnixStream::connect(&path);
+                    let _ = std::fs::remove_file(&path);
+                    place(connected.map_err(text)?, jail)?;
+                }
+                // The hypervisor has a user of its own, and the folder is in nobody's reach.
+                None => {
+                    let all = std::fs::Permissions::from_mode(0o666);
+                    std::fs::set_permissions(&path, all).map_err(text)?;
+                }
+            }
+        }
     }
     let log =
         File::options().create(true).append(true).mode(0o600).open(&root.log).map_err(text)?;

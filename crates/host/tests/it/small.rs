@@ -5,7 +5,10 @@ use lodge_host::backend::choose::Choice;
 use lodge_host::backend::vmm::VmmFacts;
 use lodge_host::backend::{Launch, Step, Survey};
 use lodge_host::facts::{Facts, Program};
+use lodge_host::flist::prepare::Found;
+use lodge_host::flist::root::Root;
 use lodge_host::kvm::KvmFact;
+use lodge_spec::flist::Transport;
 use lodge_spec::machine::BackendKind;
 
 use crate::plans::{FAST, SLOW, facts, machine, survey};
@@ -141,6 +144,55 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
     assert_eq!((jail.network, jail.terminal, jail.binds_sockets), (None, Some(100), false));
     assert_eq!(jail.keep_fds, [102, 110]);
     assert_eq!(launch.warden.taps[0].opened_by, None);
+}
+
+#[test]
+fn a_root_over_virtio_fs_is_shared_memory_and_a_socket() {
+    let text = "flist: {source: /x.fl}\nnics: []\n";
+    let mut survey = surveyed(&format!("{KERNEL}\nnics: []\n"));
+    survey.root = Some(root(Transport::VirtioFs));
+    let plan = |survey: &Survey| {
+        let choice = Choice::of(&machine(text), survey, &with_both(FAST));
+        let said = choice.verdicts.into_iter().map(|(_, verdict)| verdict);
+        said.collect::<Vec<_>>()
+    };
+    let verdicts = plan(&survey);
+    assert!(verdicts[0].as_ref().is_err_and(|l| l[0].why.contains("a root that is an flist")));
+    let cloud = verdicts[1].as_ref().unwrap();
+    let argv = cloud.warden.jail.argv.join(" ");
+    for part in ["size=536870912,shared=on", "tag=vroot,socket=/root.sock,num_queues=1"] {
+        assert!(argv.contains(part), "{argv}");
+    }
+    let server = cloud.warden.root.as_ref().unwrap();
+    assert!(!server.config.is_mounted() && server.jail.is_none());
+    let qemu = verdicts[2].as_ref().unwrap();
+    let argv = qemu.warden.jail.argv.join(" ");
+    for part in ["memory-backend=ram", "share=on", "vhost-user-fs-pci", "tag=vroot"] {
+        assert!(argv.contains(part), "{argv}");
+    }
+    assert_eq!(qemu.warden.jail.fuse, None);
+    survey.root = Some(root(Transport::NineP));
+    let verdicts = plan(&survey);
+    assert!(verdicts[1].as_ref().is_err_and(|l| l[0].why.contains("no 9p")));
+    let qemu = verdicts[2].as_ref().unwrap();
+    let fuse = qemu.warden.jail.fuse.as_ref().unwrap();
+    assert_eq!(Some(fuse.socket), qemu.warden.root.as_ref().unwrap().jail);
+    assert!(!qemu.warden.jail.keep_fds.contains(&fuse.socket), "the hypervisor never has it");
+}
+
+fn root(transport: Transport) -> Root {
+    let found =
+        Found { by_yaml: true, initrd: false, cmdline: String::new(), nodefault: false, files: 0 };
+    Root {
+        kernel: "/k".into(),
+        initrd: None,
+        found,
+        flist: "/m/flist".into(),
+        cache: "/c".into(),
+        layer: "/m/root".into(),
+        store: None,
+        transport,
+    }
 }
 
 fn binds(launch: &Launch, expected: Expect) {

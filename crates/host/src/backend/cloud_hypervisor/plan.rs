@@ -3,17 +3,25 @@
 
 use lodge_jail::JailPlan;
 use lodge_spec::capability::{Feature, needs};
+use lodge_spec::flist::Transport;
 use lodge_spec::machine::{Accel, BackendKind, Machine, RateLimit};
 use serde_json::json;
 
 use crate::backend::vmm::{self, Prepared};
-use crate::backend::{BootFiles, Launch, Listen, Survey, Tap, Unsupported};
+use crate::backend::{BootFiles, Launch, Listen, RootServer, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 
 const CLOUD: BackendKind = BackendKind::CloudHypervisor;
 /// What it has beyond CPUs, memory and virtio devices.
-const FEATURES: [Feature; 4] =
-    [Feature::KernelBoot, Feature::CpuHotplug, Feature::MemoryHotplug, Feature::RateLimits];
+const FEATURES: [Feature; 5] = [
+    Feature::KernelBoot,
+    Feature::CpuHotplug,
+    Feature::MemoryHotplug,
+    Feature::RateLimits,
+    Feature::FlistRoot,
+];
+/// The socket of whoever serves the root, inside.
+const ROOT: &str = "/root.sock";
 
 /// Plans the start, or says everything that is in the way.
 pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch, Vec<Unsupported>> {
@@ -23,6 +31,9 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     let prepared = vmm::prepare(machine, survey, facts, (CLOUD, vmm), lacks)?;
     let Prepared { notes, steps, disks, mut binds } = prepared;
     binds.push(vmm::device("/dev/urandom"));
+    if survey.root.is_some() {
+        binds.push(vmm::file(&RootServer::socket(&survey.run), ROOT.into(), true));
+    }
     let tap = |i: usize| Tap::of(machine, survey, vmm::FIRST_TAP + i as i32, i);
     let taps: Vec<Tap> = (0..machine.nics.len()).map(tap).collect();
     let mut keep_fds = vec![vmm::API];
@@ -30,7 +41,13 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     let argv = arguments(machine, survey, disks);
     let jail = JailPlan { keep_fds, ..vmm::jail(survey, vmm, argv, binds) };
     let sockets = vec![Listen { fd: vmm::API, path: survey.run.join("api.sock") }];
-    let warden = vmm::warden(machine, survey, facts, (sockets, taps), jail);
+    let mut warden = vmm::warden(machine, survey, facts, (sockets, taps), jail);
+    warden.root = survey.root.as_ref().map(|root| RootServer {
+        config: root.config(vmm::ROOT, survey.uid),
+        jail: None,
+        own: vmm::ROOT,
+        log: survey.state.join("flist.log"),
+    });
     let calls = vec![json!({"method": "GET", "path": "/api/v1/vm.info"})];
     Ok(Launch { backend: CLOUD, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
 }
@@ -44,6 +61,9 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
         .collect();
     if machine.board.is_some() {
         list.push(lack("board", "cloud-hypervisor has only its own board"));
+    }
+    if survey.root.as_ref().is_some_and(|root| root.transport == Transport::NineP) {
+        list.push(lack("flist.transport", "it has virtio-fs and no 9p"));
     }
     match &survey.boot {
         BootFiles::Firmware if machine.disks.is_empty() => {}
@@ -86,13 +106,18 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
     let sockets = max / (cores * threads);
     add("--cpus", format!("boot={count},max={max},topology={threads}:{cores}:1:{sockets}"));
     let (size, most) = (machine.memory.size.0, machine.memory.max.0);
+    // Whoever serves the root answers in the guest's own memory.
+    let shared = if survey.root.is_some() { ",shared=on" } else { "" };
     add(
         "--memory",
         match most > size {
-            true => format!("size={size},hotplug_method=acpi,hotplug_size={}", most - size),
-            false => format!("size={size}"),
+            true => format!("size={size},hotplug_method=acpi,hotplug_size={}{shared}", most - size),
+            false => format!("size={size}{shared}"),
         },
     );
+    if let Some(root) = &survey.root {
+        add("--fs", format!("tag={},socket={ROOT},num_queues=1,queue_size=512", root.tag()));
+    }
     for i in 0..disks {
         let rights = if vmm::is_writable(machine, i) { "" } else { ",readonly=on" };
         let serial = machine.disks.get(i).map_or("lodge-files", |disk| disk.serial.as_str());

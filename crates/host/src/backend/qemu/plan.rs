@@ -344,10 +344,10 @@ fn warden(
         writes_files: machine.shares.iter().any(|s| !s.read_only) || root.is_some(),
         binds_sockets: false,
         network: None,
-        fuse: root
-            .as_ref()
-            .filter(|root| root.config.is_mounted())
-            .map(|root| FuseMount { target: extras::ROOT.into(), socket: root.jail }),
+        fuse: root.as_ref().filter(|root| root.config.is_mounted()).and_then(|root| {
+            let target = extras::ROOT.into();
+            root.jail.map(|socket| FuseMount { target, socket })
+        }),
         terminal: None,
     };
     WardenPlan {

@@ -63,6 +63,35 @@ fn the_guest_sees_a_root_that_it_can_write_to() {
     }
 }
 
+#[test]
+fn the_same_root_over_virtio_fs() {
+    let lab = Lab::new();
+    let flist = Flist::new(&lab, "a.fl", |root| {
+        // By the newer convention.
+        fs::remove_file(root.join("boot/boot.yaml")).unwrap();
+    });
+    let args = ["run", flist.path(), "--name", "a", "--memory", "256MiB", "--store", &flist.store];
+    let ready = ["--net", "none", "--ready", "console:GUEST-READY", "--wait", "ready"];
+    lab.ok(&[&args[..], &ready, &["--append", "init=/sbin/init", "--timeout", "170"]].concat());
+    lab.type_and_see(
+        "a",
+        "cd /tmp && echo one > f && chown 12:34 f && chmod 4750 f && ln f g && mknod n c 1 3 && \
+         mv /srv /moved && echo x | dd of=/moved/big bs=1 seek=600000 conv=notrunc 2>/dev/null; \
+         stat -c '%a %u %g %h %s' f; stat -c '%F %t %T' n; md5sum /moved/big; grep virtiofs \
+         /proc/mounts; sync; echo FIRST-$?\n",
+        "FIRST-0",
+    );
+    let seen = lab.console_text("a");
+    for line in ["4750 12 34 2 4", "character special file 1 3", "vroot / virtiofs rw"] {
+        assert!(seen.contains(line), "{line}: {seen}");
+    }
+    let sum = sum_in(&seen);
+    lab.ok(&["stop", "a", "--force"]);
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "170"]);
+    lab.type_and_see("a", "md5sum /moved/big; cat /tmp/g; ls /srv; echo SECOND-$?\n", "SECOND-1");
+    assert_eq!(sum_in(&lab.console_text("a")), sum);
+}
+
 /// The last MD5 digest that was printed.
 fn sum_in(text: &str) -> String {
     let mut lines = text.lines().filter(|l| l.ends_with("/moved/big") && l.len() > 40);

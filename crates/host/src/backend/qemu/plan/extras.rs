@@ -119,7 +119,7 @@ pub(super) fn root(args: &mut Arguments, machine: &Machine, survey: &Survey) -> 
         }
     }
     let log = survey.state.join("flist.log");
-    Some(RootServer { config: root.config(own, survey.uid), jail, own, log })
+    Some(RootServer { config: root.config(own, survey.uid), jail: Some(jail), own, log })
 }
 
 /// Where the guest's memory comes from, if others are to see it too.
