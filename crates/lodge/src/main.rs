@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match (text(1), text(2), text(3)) {
         (Some(trial::INSIDE), Some(canary), None) => return trial::inside(canary),
         (Some("warden"), None, None) => return lodge_host::warden::main(),
-        (Some(lodge_host::flist::server::WORD), None, None) => {
+        (Some(lodge_host::flist::server::WORD), Some(_), None) => {
             return lodge_host::flist::server::main();
         }
         (Some("netd"), Some(dir), Some(name)) => {

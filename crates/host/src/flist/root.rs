@@ -148,7 +148,7 @@ pub async fn prepare(
 async fn ask(config: &Config) -> Said {
     let text = |e: std::io::Error| format!("the process that reads flists: {e}");
     let own = std::env::current_exe().map_err(text)?;
-    let mut command = Tool::new(own).arg(WORD).command();
+    let mut command = Tool::new(own).arg(WORD).arg(&config.flist).command();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
     let mut child = command.spawn().map_err(text)?;
     let order = serde_json::to_vec(config).map_err(|e| e.to_string())?;

@@ -24,7 +24,8 @@ use super::fuse::{Fuse, View};
 use super::tree::Tree;
 use super::{prepare, virtio};
 
-/// The first argument of a process that is one of these.
+/// The first argument of a process that is one of these; the second is the flist, for those who
+/// look at processes.
 pub const WORD: &str = "flistd";
 /// A guest's request waits for a block no longer than this.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -116,8 +117,10 @@ fn say(said: &Said) {
 }
 
 fn run(config: &Config) -> Result<(), String> {
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
-        .map_err(|e| e.to_string())?;
+    close_others(match config.task {
+        Task::Prepare(_) => None,
+        Task::Fuse { socket, .. } | Task::VirtioFs { socket } => Some(socket),
+    });
     // What a guest writes is its machine's alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // SAFETY: sets one number of the allocator. Threads that wait for stores need no heap each.
@@ -134,6 +137,9 @@ fn run(config: &Config) -> Result<(), String> {
     let folder = |url: &str| url.strip_prefix("dir://").map(PathBuf::from);
     plan.readable.extend(config.store.as_deref().and_then(folder));
     worker::confine(&plan).map_err(|e| e.to_string())?;
+    // Set after the identity has changed, which would clear it.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+        .map_err(|e| e.to_string())?;
     let tree = Arc::new(open(config)?);
     match &config.task {
         Task::Prepare(order) => {
@@ -159,6 +165,24 @@ fn run(config: &Config) -> Result<(), String> {
             attend(config, &tree, || served = virtio::serve(server, listener));
             served
         }
+    }
+}
+
+/// Closes what whoever started us had open for others: as long as we had the other end of a socket
+/// too, we would never hear that it is gone.
+fn close_others(socket: Option<i32>) {
+    let close = |first: u32, last: u32| {
+        // SAFETY: closes descriptors that nothing in this process has wrapped yet.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    };
+    match socket.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2) {
+        Some(fd) => {
+            if fd > 3 {
+                close(3, fd - 1);
+            }
+            close(fd + 1, u32::MAX);
+        }
+        None => close(3, u32::MAX),
     }
 }
 
