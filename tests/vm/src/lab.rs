@@ -44,9 +44,12 @@ impl Lab {
         let mut lab = Self::new();
         lab.user = Some(uid);
         std::os::unix::fs::chown(lab.home(), Some(uid), Some(uid)).unwrap();
-        let tun = lab.home().join("tun");
-        let made = command("mknod").args(["-m", "666"]).arg(&tun).args(["c", "10", "200"]).status();
-        assert!(made.unwrap().success());
+        for (name, minor) in [("tun", "200"), ("fuse", "229")] {
+            let node = lab.home().join(name);
+            let mut mknod = command("mknod");
+            mknod.args(["-m", "666"]).arg(&node).args(["c", "10", minor]);
+            assert!(mknod.status().unwrap().success());
+        }
         lab
     }
 
@@ -83,10 +86,12 @@ impl Lab {
         let mut command = match self.user {
             None => command(&self.program),
             Some(uid) => {
-                // Every distribution's udev opens this device to all; a host without udev does not.
-                let script = "mount --bind \"$1\" /dev/net/tun; shift; exec \"$@\"";
+                // Every distribution's udev opens these devices to all; a host without udev does not.
+                let script = "mount --bind \"$1\" /dev/net/tun; mount --bind \"$2\" /dev/fuse; \
+                              shift 2; exec \"$@\"";
                 let mut command = command("unshare");
                 command.args(["-m", "sh", "-c", script, "sh"]).arg(self.home().join("tun"));
+                command.arg(self.home().join("fuse"));
                 let uid = uid.to_string();
                 command.args(["setpriv", "--reuid", &uid, "--regid", &uid, "--clear-groups"]);
                 command.arg(&self.program);

@@ -92,6 +92,29 @@ fn the_same_root_over_virtio_fs() {
     assert_eq!(sum_in(&lab.console_text("a")), sum);
 }
 
+#[test]
+fn an_ordinary_users_root_has_owners_too() {
+    let lab = Lab::of_user(1234);
+    for name in ["a.flist", "a.fl"] {
+        let flist = Flist::new(&lab, name, |root| {
+            if name == "a.fl" {
+                fs::remove_file(root.join("boot/boot.yaml")).unwrap();
+            }
+            std::os::unix::fs::chown(root.join("etc/hello"), Some(55), Some(66)).unwrap();
+        });
+        flist.boot(&lab, "a", &["--append", "init=/sbin/init"]);
+        lab.type_and_see(
+            "a",
+            "cd /tmp && echo one > f && chown 12:34 f && chmod 4750 f && mknod n c 1 3 && stat -c \
+             '%a %u %g' f /etc/hello && stat -c %F n; echo FIRST-$?\n",
+            "FIRST-0",
+        );
+        let seen = lab.console_text("a");
+        assert!(seen.contains("4750 12 34\r\n644 55 66\r\ncharacter special file"), "{seen}");
+        lab.ok(&["rm", "--force", "a"]);
+    }
+}
+
 /// The last MD5 digest that was printed.
 fn sum_in(text: &str) -> String {
     let mut lines = text.lines().filter(|l| l.ends_with("/moved/big") && l.len() > 40);
