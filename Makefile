@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Both install what they need.
-BUILD := gcc libc6-dev
+BUILD := gcc g++ libc6-dev
 RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprogs
 TEST := $(RUN) busybox-static kmod util-linux slirp4netns uidmap python3 isolinux syslinux-common genisoimage \
 	curl openssl python3-venv nodejs npm protobuf-compiler qemu-utils dropbear-bin tmux bc bison flex \
@@ -25,6 +25,7 @@ check:
 test:
 	@scripts/deps.sh $(BUILD) $(TEST)
 	cargo xtask check
+	cargo xtask fuzz
 	cargo xtask vm-test
 
 vm-test:

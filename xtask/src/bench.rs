@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::run::{command, say};
-use crate::{bench_door, bench_vmadm, bench_xcluster};
+use crate::{bench_door, bench_flist, bench_vmadm, bench_xcluster};
 
 const ROUNDS: usize = 7;
 
@@ -179,6 +179,9 @@ impl Bench {
 
     fn measure(&self) -> Result<Vec<Row>> {
         self.quiet(&["doctor"])?;
+        if std::env::args().nth(2).as_deref() == Some("flist") {
+            return bench_flist::measure(&self.lodge, &self.home, &self.cache);
+        }
         let mut rows = vec![self.added()?];
         rows.push(self.boot()?);
         rows.push(self.small()?);
@@ -188,6 +191,7 @@ impl Bench {
         rows.extend(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);
         rows.extend(bench_vmadm::measure(&self.lodge, &self.home, &self.kernel, &self.initrd)?);
         rows.extend(bench_xcluster::measure(&self.lodge, &self.home, &self.cache)?);
+        rows.extend(bench_flist::measure(&self.lodge, &self.home, &self.cache)?);
         Ok(rows)
     }
 

@@ -1,10 +1,12 @@
-//! All automation: `cargo xtask check | tidy | openapi | vm-test | bench`. Runs programs and looks at files;
+//! All automation: `cargo xtask check | tidy | openapi | fuzz | vm-test | bench`. Runs programs and looks at files;
 //! knows nothing about machines.
 
 mod bench;
 mod bench_door;
+mod bench_flist;
 mod bench_vmadm;
 mod bench_xcluster;
+mod fuzz;
 mod leftovers;
 mod openapi;
 #[cfg(feature = "proto")]
@@ -23,10 +25,13 @@ fn main() -> ExitCode {
         "tidy" => tidy::tidy(),
         "vm-test" => vm_test(),
         "bench" => bench::bench(),
+        "fuzz" => fuzz::fuzz(),
         "openapi" => openapi::openapi(false),
         #[cfg(feature = "proto")]
         "proto" => proto::generate(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask check | tidy | openapi | vm-test | bench")),
+        _ => Err(anyhow::anyhow!(
+            "usage: cargo xtask check | tidy | openapi | fuzz | vm-test | bench"
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

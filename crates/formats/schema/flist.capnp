@@ -1,4 +1,6 @@
 # The entries of an flist's database. Every number here is fixed by the files that exist.
+# After a change, with `capnp` (Debian's capnproto) and `capnpc-rust` of the version in Cargo.lock:
+#     capnp compile -orust:generated --src-prefix=schema schema/flist.capnp
 @0xae9223e76351538a;
 
 struct FileBlock {

@@ -12,7 +12,7 @@ pub mod qcow2;
 pub mod sniff;
 pub mod tree;
 
-/// The entries of an flist, generated from `schema/flist.capnp` (see `xtask flist`).
+/// The entries of an flist, generated from `schema/flist.capnp`, which says how.
 #[allow(clippy::all, clippy::unwrap_used, unreachable_pub, unused)]
 mod flist_capnp {
     include!("../generated/flist_capnp.rs");

@@ -45,6 +45,17 @@ pub struct Launch {
     pub calls: Vec<Value>,
 }
 
+impl Launch {
+    /// For those who only look at it.
+    pub fn hide_secrets(&mut self) {
+        if let Some(root) = &mut self.warden.root
+            && let Some(store) = &mut root.config.store
+        {
+            *store = crate::flist::store::without_secret(store);
+        }
+    }
+}
+
 /// A host object to make before the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "make", rename_all = "snake_case")]

@@ -265,7 +265,10 @@ impl Answer {
             backends.insert(backend.to_string(), said);
         }
         let value = match choice.chosen() {
-            Ok(launch) => json!({"backends": backends, "chosen": launch}),
+            Ok(mut launch) => {
+                launch.hide_secrets();
+                json!({"backends": backends, "chosen": launch})
+            }
             Err(_) => json!({"backends": backends}),
         };
         Ok(Reply::Document { value })

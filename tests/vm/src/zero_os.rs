@@ -165,8 +165,15 @@ impl Server {
         Self::wait(child.unwrap(), port)
     }
 
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    /// A server of the S3 protocol, out of a Python environment.
+    pub fn s3(environment: &Path) -> Self {
+        let port = free_port();
+        let child = command(environment.join("bin/moto_server"))
+            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        Self::wait(child.unwrap(), port)
     }
 }
 

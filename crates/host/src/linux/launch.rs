@@ -45,7 +45,7 @@ pub(super) async fn carry_out(
     make(machine, &launch.steps).await?;
     let run = &launch.warden.run;
     let text = serde_json::to_vec(&(paths::boot_id(), launch)).map_err(|e| e.to_string())?;
-    std::fs::write(launch_file(run), text).map_err(|e| format!("{}: {e}", run.display()))?;
+    write_launch(&launch_file(run), &text).map_err(|e| format!("{}: {e}", run.display()))?;
     for nic in &machine.nics {
         let _one = networks.lock().await;
         uplink::ensure(&paths.network(nic.network.as_str()), &nic.network).await?;
@@ -54,6 +54,15 @@ pub(super) async fn carry_out(
     let pid = start_warden(launch).await?;
     mark(sink, "entered", &format!("process {pid} in its jail"));
     Ok(())
+}
+
+/// Not for others to read: it may hold the password of a store.
+fn write_launch(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(path)?.write_all(text)
 }
 
 /// Makes files. Those that are there are kept, so a step may be repeated.

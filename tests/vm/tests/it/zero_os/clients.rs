@@ -10,6 +10,31 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/zero-os").canonicalize().unwrap()
 }
 
+fn must(output: std::io::Result<std::process::Output>) -> String {
+    let output = output.unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}\n{err}");
+    out
+}
+
+/// A Python environment with these packages, made once. `alone`: without what they ask for.
+pub(super) fn environment(packages: &[&str], alone: bool) -> PathBuf {
+    static MAKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
+    let key = packages.join("-").replace(['=', '.', '[', ']'], "_");
+    let dir = cache().join(format!("zero-os-{key}"));
+    if !dir.join("done").exists() {
+        let _ = std::fs::remove_dir_all(&dir);
+        must(command("python3").args(["-m", "venv"]).arg(&dir).output());
+        let mut pip = command(dir.join("bin/pip"));
+        pip.args(["install", "-q"]).args(alone.then_some("--no-deps")).args(packages);
+        must(pip.output());
+        std::fs::write(dir.join("done"), "").unwrap();
+    }
+    dir
+}
+
 /// Runs one of our programs in an environment with the client and one version of its library.
 pub(super) fn run(
     program: &str,
@@ -17,29 +42,9 @@ pub(super) fn run(
     args: &[&str],
     variables: &[(&str, &str)],
 ) -> String {
-    static MAKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let one = MAKING.lock().unwrap_or_else(|e| e.into_inner());
     let list = std::fs::read_to_string(folder().join("requirements.txt")).unwrap();
     let packages: Vec<&str> = list.lines().chain([library]).collect();
-    let key = packages.join("-").replace(['=', '.'], "_");
-    let dir = cache().join(format!("zero-os-{key}"));
-    let must = |output: std::io::Result<std::process::Output>| {
-        let output = output.unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(output.status.success(), "{program} with {library}: {out}\n{err}");
-        out
-    };
-    if !dir.join("done").exists() {
-        let _ = std::fs::remove_dir_all(&dir);
-        must(command("python3").args(["-m", "venv"]).arg(&dir).output());
-        // Only the client itself is a version before the first.
-        let pip = |args: &[&str]| must(command(dir.join("bin/pip")).args(args).output());
-        pip(&[&["install", "-q", "--no-deps"], &packages[..]].concat());
-        std::fs::write(dir.join("done"), "").unwrap();
-    }
-    drop(one);
-    let mut python = command(dir.join("bin/python"));
+    let mut python = command(environment(&packages, true).join("bin/python"));
     python.arg(folder().join(program)).args(args).envs(variables.iter().copied());
     must(python.output())
 }

@@ -84,6 +84,25 @@ fn what_goes_in_comes_out_through_every_store() {
 }
 
 #[test]
+fn a_bucket_is_a_store_too() {
+    let lab = Lab::new();
+    let root = lab.home().join("tree");
+    tree(&root);
+    let server = Server::s3(&super::clients::environment(&["moto[server]==5.1.15"], false));
+    let url = format!("http://127.0.0.1:{}/blocks", server.port);
+    let made = command("curl").args(["-fsS", "-X", "PUT", &url]).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let (file, out) = (lab.home().join("a.fl"), lab.home().join("out"));
+    let store = format!("s3://key:secret@127.0.0.1:{}/blocks", server.port);
+    lab.ok(&["flist", "create", text(&root), text(&file), "--store", &store]);
+    // What is written down is without the secret; whoever reads it brings their own.
+    let inspected = lab.ok(&["flist", "inspect", text(&file)]);
+    assert!(inspected.contains("/blocks") && !inspected.contains("secret"), "{inspected}");
+    lab.ok(&["flist", "extract", text(&file), text(&out), "--store", &store]);
+    same(&lab, &root, &out);
+}
+
+#[test]
 fn archives_and_disks_become_flists_and_flists_are_laid_over_each_other() {
     let lab = Lab::new();
     let root = lab.home().join("tree");
