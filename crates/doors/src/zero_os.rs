@@ -17,12 +17,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use lodge_spec::request::{Refusal, Reply, Request};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::Receiver;
 
 pub use auth::Organization;
 pub use session::serve;
 
-use crate::control::Control;
+use crate::control::{self, Control};
 use jobs::Logs;
 use keys::Keys;
 
@@ -69,24 +69,11 @@ impl<C: Control> Door<C> {
         })
     }
 
-    /// The last reply to a request. What was asked is done even if the caller goes away.
     async fn ask(&self, request: Request) -> Result<Reply, Refusal> {
-        let mut replies = self.hear(request);
-        let mut last = Err(Refusal::failed("no answer came"));
-        while let Some(reply) = replies.recv().await {
-            last = match reply {
-                Reply::Refused { refusal } => Err(refusal),
-                reply => Ok(reply),
-            };
-        }
-        last
+        control::ask(&self.control, request).await
     }
 
-    /// All replies to a request.
-    fn hear(&self, request: Request) -> mpsc::Receiver<Reply> {
-        let (sender, replies) = mpsc::channel(64);
-        let control = self.control.clone();
-        tokio::spawn(async move { control.ask(request, sender).await });
-        replies
+    fn hear(&self, request: Request) -> Receiver<Reply> {
+        control::hear(&self.control, request)
     }
 }

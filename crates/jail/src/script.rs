@@ -9,8 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus,
+    ABI, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, RestrictionStatus, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
 use rustix::process::Signal;
 use rustix::thread::UnshareFlags;
@@ -184,11 +184,16 @@ pub fn write_only(writable: &[PathBuf]) -> Result<(), Error> {
         let access = if folder { writes } else { writes & AccessFs::from_file(abi) };
         ruleset = ruleset.add_rule(PathBeneath::new(fd, access)).map_err(|e| failed(&e))?;
     }
-    let status = ruleset.restrict_self().map_err(|e| failed(&e))?;
+    enforced(ruleset.restrict_self().map_err(|e| failed(&e))?)
+}
+
+/// A kernel without Landlock confines nobody, and is not to be relied upon.
+pub(crate) fn enforced(status: RestrictionStatus) -> Result<(), Error> {
     match status.ruleset {
-        RulesetStatus::NotEnforced => {
-            Err(failed(&"the kernel has no Landlock; it came with Linux 5.13"))
-        }
+        RulesetStatus::NotEnforced => Err(Error::Step {
+            what: "restrict which files are used",
+            source: io::Error::other("the kernel has no Landlock; it came with Linux 5.13"),
+        }),
         RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
     }
 }

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus,
+    RulesetCreatedAttr,
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::enter::{Error, step};
+use crate::script;
 
 /// What the calling process keeps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,13 +99,7 @@ fn restrict(plan: &WorkerPlan) -> Result<(), Error> {
         let access = if Path::new(&path).is_dir() { access } else { access & file };
         ruleset = ruleset.add_rule(PathBeneath::new(fd, access)).map_err(|e| failed(&e))?;
     }
-    let status = ruleset.restrict_self().map_err(|e| failed(&e))?;
-    match status.ruleset {
-        RulesetStatus::NotEnforced => {
-            Err(failed(&"the kernel has no Landlock; it came with Linux 5.13"))
-        }
-        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
-    }
+    script::enforced(ruleset.restrict_self().map_err(|e| failed(&e))?)
 }
 
 /// Nothing that starts programs, looks into others, or changes the system.

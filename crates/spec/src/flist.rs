@@ -86,6 +86,19 @@ impl std::str::FromStr for Source {
     }
 }
 
+/// A path as if the root were all there is: `..` goes no higher.
+pub fn within_root(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    format!("/{}", parts.join("/"))
+}
+
 pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft) -> Option<Flist> {
     let FlistDraft { source, store, transport } = draft;
     let Some(source) = source else {
@@ -113,6 +126,19 @@ impl Flist {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_go_no_higher_than_the_root() {
+        for (path, cleaned) in [
+            ("boot/vmlinuz", "/boot/vmlinuz"),
+            ("../../../../etc/shadow", "/etc/shadow"),
+            ("/a/./b//../c", "/a/c"),
+            ("", "/"),
+            ("/..", "/"),
+        ] {
+            assert_eq!(within_root(path), cleaned);
+        }
+    }
 
     #[test]
     fn flists_are_named_by_path_or_url() {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use connectrpc::{ConnectError, ErrorCode};
 use lodge_spec::request::{Page, Refusal, Reply, Request};
 use lodge_spec::state::{Detail, Usage};
-use tokio::sync::mpsc;
 
 use super::create::{self, Translated, identity, is_vm_id};
 use super::fault::{invalid, not_found, precondition, refused};
@@ -18,7 +17,7 @@ use super::proto::vmprovisioner::v1::{
 };
 use super::tenants::{Caller, Foreign, Quota};
 use super::{DOOR, Door, describe};
-use crate::control::Control;
+use crate::control::{self, Control};
 
 /// Seconds that a guest has where nobody says.
 const GRACE: u64 = 30;
@@ -28,19 +27,8 @@ const LARGEST_PAGE: i32 = 1000;
 type Answer<T> = Result<T, ConnectError>;
 
 impl<C: Control> Door<C> {
-    /// The last reply to a request. What was asked is done even if the caller goes away.
     pub(super) async fn ask(&self, request: Request) -> Result<Reply, Refusal> {
-        let (sender, mut replies) = mpsc::channel(16);
-        let control = self.control.clone();
-        tokio::spawn(async move { control.ask(request, sender).await });
-        let mut last = Err(Refusal::failed("no answer came"));
-        while let Some(reply) = replies.recv().await {
-            last = match reply {
-                Reply::Refused { refusal } => Err(refusal),
-                reply => Ok(reply),
-            };
-        }
-        last
+        control::ask(&self.control, request).await
     }
 
     /// A machine that the caller may know of.

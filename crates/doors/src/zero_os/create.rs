@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lodge_spec::draft::{
     CpusDraft, DiskDraft, Draft, FileDraft, MemoryDraft, OriginDraft, ShareDraft,
 };
-use lodge_spec::flist::FlistDraft;
+use lodge_spec::flist::{self, FlistDraft};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -136,19 +136,6 @@ fn host_name(name: &str, uuid: &str) -> String {
     }
 }
 
-/// `..` goes no higher than the root.
-fn clean(path: &str) -> String {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            name => parts.push(name),
-        }
-    }
-    format!("/{}", parts.join("/"))
-}
-
 pub(super) fn draft(
     params: &Params,
     uuid: &str,
@@ -169,10 +156,10 @@ pub(super) fn draft(
         tag: Some(mount.target.clone()),
         read_only: Some(mount.readonly),
     });
-    let flist = Some(params.flist.clone()).filter(|flist| !flist.is_empty());
+    let source = Some(params.flist.clone()).filter(|flist| !flist.is_empty());
     let config = params.config.iter().flatten().filter(|_| !params.flist.is_empty());
     let files = config.map(|(path, content)| FileDraft {
-        path: Some(clean(path)),
+        path: Some(flist::within_root(path)),
         content: Some(content.clone()),
         mode: Some("0600".into()),
         ..FileDraft::default()
@@ -186,7 +173,7 @@ pub(super) fn draft(
         uuid: Some(uuid.to_owned()),
         cpus: Some(CpusDraft::Count(number(params.cpu))),
         memory: Some(MemoryDraft::Bytes(u64::from(number(params.memory)) << 20)),
-        flist: flist.map(|source| FlistDraft {
+        flist: source.map(|source| FlistDraft {
             source: Some(source),
             store: storage.or_else(|| settings.storage.clone()),
             ..FlistDraft::default()
@@ -246,6 +233,5 @@ mod tests {
         assert_eq!(host_name("azmy", uuid), "azmy");
         assert_eq!(host_name("My VM", uuid), "my-vm-12345678");
         assert_eq!(host_name("__", uuid), "vm-12345678");
-        assert_eq!(clean("../../x"), "/x");
     }
 }
