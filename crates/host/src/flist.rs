@@ -4,6 +4,7 @@
 
 pub mod cache;
 pub mod create;
+mod disk;
 pub mod fetch;
 pub mod fuse;
 mod layer;

@@ -78,9 +78,14 @@ impl Linux {
     }
 
     /// Readies the root of a machine that boots from an flist, in this folder.
-    async fn root(&self, machine: &Machine, home: &Path) -> Result<Option<Root>, Problems> {
+    async fn root(
+        &self,
+        machine: &Machine,
+        home: &Path,
+        keep: bool,
+    ) -> Result<Option<Root>, Problems> {
         let Boot::Flist { flist, .. } = &machine.boot else { return Ok(None) };
-        let root = flist::root::prepare(&self.paths, machine, flist, home).await;
+        let root = flist::root::prepare(&self.paths, machine, flist, home, keep).await;
         root.map(Some).map_err(|why| Problems(vec![Problem::new("flist", why)]))
     }
 
@@ -90,11 +95,16 @@ impl Linux {
         // Nothing is to be left of what is only looked at.
         let scratch = tempfile::tempdir_in(&self.paths.run);
         let scratch = scratch.map_err(|e| Problems(vec![Problem::new("", e.to_string())]))?;
-        self.plan_in(machine, scratch.path()).await
+        self.plan_in(machine, scratch.path(), false).await
     }
 
-    async fn plan_in(&self, machine: &Machine, home: &Path) -> Result<Choice, Problems> {
-        let root = self.root(machine, home).await?;
+    async fn plan_in(
+        &self,
+        machine: &Machine,
+        home: &Path,
+        keep: bool,
+    ) -> Result<Choice, Problems> {
+        let root = self.root(machine, home, keep).await?;
         let mut survey = self.survey(machine, root.clone()).await?;
         if launch::unpack_kernels(&survey.steps, &self.paths).await {
             survey = self.survey(machine, root).await?;
@@ -165,7 +175,7 @@ impl Host for Linux {
 
     async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
         let home = self.paths.machine(machine.id);
-        let choice = self.plan_in(&machine, &home).await.map_err(|p| p.to_string())?;
+        let choice = self.plan_in(&machine, &home, true).await.map_err(|p| p.to_string())?;
         let launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
         live::mark(&sink, "planned", &launch.notes.join("; "));
         launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;

@@ -67,7 +67,8 @@ impl Surveyor<'_> {
         let own = machine.ready.as_ref().map(ToString::to_string);
         let ready = own.or_else(|| manifest.and_then(|m| m.ready));
         check_ready(&mut p, ready.as_deref());
-        let root = self.root.clone();
+        // A disk is a disk; nobody serves it.
+        let root = self.root.clone().filter(|root| root.disk.is_none());
         p.or(Survey { boot, root, disks, nics, files_disk, steps, run, state, uid, ready })
     }
 
@@ -178,6 +179,12 @@ impl Surveyor<'_> {
                 let bytes = size.0;
                 steps.push(Step::Layer { path: path.clone(), bytes, above: None, owner: uid });
                 files(vec![top(path)], bytes)
+            }
+            DiskSource::Flist => {
+                // Before the machine itself is made, it lies elsewhere.
+                let disk = self.root.as_ref().and_then(|root| root.disk.as_ref())?;
+                let looked = p.take(&format!("{at}.source"), layer::look(disk))?;
+                files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Image { image, size } => {
                 let manifest = self.manifest(p, &format!("{at}.image"), image).await?;

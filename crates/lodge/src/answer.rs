@@ -398,7 +398,8 @@ impl Answer {
                 DiskSource::Path(_)
                 | DiskSource::Own(_)
                 | DiskSource::Above(_)
-                | DiskSource::Blank { .. } => None,
+                | DiskSource::Blank { .. }
+                | DiskSource::Flist => None,
             }));
         }
         list

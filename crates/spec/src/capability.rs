@@ -1,6 +1,7 @@
 //! What a machine needs and what a backend has, as data; choosing is comparing the two.
 //! Knows no binary: capabilities are filled in by whoever probed one.
 
+use crate::flist::Transport;
 use crate::machine::{Boot, DiskBus, Firmware, Machine, Media, NicModel};
 
 /// Something that a backend has or lacks. The order is that of explanations.
@@ -62,9 +63,11 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
     let mut need = |path: String, feature| list.push(Need { path, feature });
     match &machine.boot {
         Boot::Kernel { .. } | Boot::Image { .. } => need("boot".into(), Feature::KernelBoot),
-        Boot::Flist { .. } => {
+        Boot::Flist { flist, .. } => {
             need("boot".into(), Feature::KernelBoot);
-            need("flist".into(), Feature::FlistRoot);
+            if flist.transport != Some(Transport::Disk) {
+                need("flist".into(), Feature::FlistRoot);
+            }
         }
         Boot::Firmware { firmware: Firmware::Bios, .. } => need("boot".into(), Feature::BiosBoot),
         Boot::Firmware { firmware: Firmware::Uefi, .. } => need("boot".into(), Feature::UefiBoot),

@@ -26,7 +26,10 @@ pub(crate) fn check_clashes(
     let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
         DiskSource::Path(path) => Some(path.display().to_string()),
         DiskSource::Own(path) => Some(extras::own_text(path)),
-        DiskSource::Above(_) | DiskSource::Image { .. } | DiskSource::Blank { .. } => None,
+        DiskSource::Above(_)
+        | DiskSource::Image { .. }
+        | DiskSource::Blank { .. }
+        | DiskSource::Flist => None,
     });
     unique(p, "disks", writable);
     for (what, count) in [("disks", disks.len()), ("nics", nics.len()), ("shares", shares.len())] {

@@ -16,15 +16,16 @@ pub struct FlistDraft {
     /// URL of a store that is asked for blocks before those that the flist names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<String>,
-    /// How the guest reaches its root: `auto`, `9p` or `virtiofs`. `auto` when absent: 9p where the
-    /// flist has a `boot/boot.yaml`, virtio-fs otherwise.
+    /// How the guest reaches its root: `auto`, `9p`, `virtiofs` or `disk`, an ext4 disk that is made
+    /// of it before the first start. `auto` when absent: a disk for Firecracker; otherwise 9p where
+    /// the flist has a `boot/boot.yaml`, and virtio-fs where not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transport: Option<String>,
 }
 
 crate::words!(
-    /// How a guest reaches a root that is no disk.
-    Transport { NineP = "9p", VirtioFs = "virtiofs" }
+    /// How a guest reaches a root that is an flist.
+    Transport { NineP = "9p", VirtioFs = "virtiofs", Disk = "disk" }
 );
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +100,8 @@ pub fn within_root(path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft) -> Option<Flist> {
+/// `small`: for a hypervisor that knows nothing but disks.
+pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft, small: bool) -> Option<Flist> {
     let FlistDraft { source, store, transport } = draft;
     let Some(source) = source else {
         p.add("flist.source", "where the flist is is missing: a path or a URL");
@@ -110,6 +112,7 @@ pub(crate) fn resolve(p: &mut Problems, draft: FlistDraft) -> Option<Flist> {
     }
     let transport = transport.filter(|word| word != "auto");
     let transport = transport.and_then(|word| p.take("flist.transport", word.parse()));
+    let transport = transport.or(small.then_some(Transport::Disk));
     Some(Flist { source: p.take("flist.source", source.parse())?, store, transport })
 }
 

@@ -119,6 +119,8 @@ pub enum DiskSource {
     Image { image: ImageName, size: Option<Bytes> },
     /// An empty disk kept with the machine.
     Blank { size: Bytes },
+    /// Made of the machine's flist before the first start.
+    Flist,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -365,9 +367,11 @@ impl Machine {
             Boot::Kernel { .. } | Boot::Firmware { .. } | Boot::Image { .. } => None,
         };
         let (image, boot) = boot_to_draft(boot);
-        let own_disks = match image {
-            Some(_) => &disks[1..],
-            None => &disks[..],
+        // The disk of an image or of an flist follows from those.
+        let made = |disk: &Disk| disk.source == DiskSource::Flist;
+        let own_disks = match image.is_some() || disks.first().is_some_and(made) {
+            true => &disks[1..],
+            false => &disks[..],
         };
         let image_size = match disks.first().filter(|_| image.is_some()).map(|d| &d.source) {
             Some(DiskSource::Image { size, .. }) => size.map(text_size),
@@ -375,7 +379,8 @@ impl Machine {
                 DiskSource::Path(_)
                 | DiskSource::Own(_)
                 | DiskSource::Above(_)
-                | DiskSource::Blank { .. },
+                | DiskSource::Blank { .. }
+                | DiskSource::Flist,
             )
             | None => None,
         };
@@ -483,6 +488,7 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
         DiskSource::Path(path) | DiskSource::Above(path) => (Some(path_text(path)), None, None),
         DiskSource::Image { image, size } => (None, Some(image.to_string()), *size),
         DiskSource::Blank { size } => (None, None, Some(*size)),
+        DiskSource::Flist => (None, None, None),
     };
     DiskDraft {
         name: Some(name.to_string()),

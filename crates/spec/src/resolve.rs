@@ -16,9 +16,11 @@ use crate::draft::{
     Scalar, ShareDraft, Size,
 };
 use crate::extras;
+use crate::flist::Transport;
 use crate::machine::{
-    Cpus, Disk, DiskBus, DiskSource, FileContent, GuestFile, Limits, Machine, Media, Memory, Nic,
-    NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart, RestartPolicy, Share,
+    BackendKind, Cpus, Disk, DiskBus, DiskSource, FileContent, GuestFile, Limits, Machine, Media,
+    Memory, Nic, NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart, RestartPolicy,
+    Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
@@ -87,12 +89,16 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
     let memory = resolve_memory(&mut p, memory);
     let mut checked = Vec::new();
     if let Some(image) = &image {
-        checked.push(image_disk(image.clone(), image_size));
+        checked.push(root_disk(DiskSource::Image { image: image.clone(), size: image_size }));
     }
     if flist.is_some() && image.is_some() {
         p.add("flist", "a machine's root is an `image` or an `flist`, not both");
     }
-    let flist = flist.and_then(|flist| crate::flist::resolve(&mut p, flist));
+    let small = backend.as_deref() == Some(BackendKind::Firecracker.as_str());
+    let flist = flist.and_then(|flist| crate::flist::resolve(&mut p, flist, small));
+    if flist.as_ref().is_some_and(|flist| flist.transport == Some(Transport::Disk)) {
+        checked.push(root_disk(DiskSource::Flist));
+    }
     let boot = boot::resolve(&mut p, image, flist, boot);
     for (i, disk) in disks.unwrap_or_default().into_iter().enumerate() {
         checked.extend(resolve_disk(&mut p, i, disk));
@@ -235,11 +241,11 @@ fn resolve_memory(p: &mut Problems, draft: Option<MemoryDraft>) -> Memory {
     Memory { size, max }
 }
 
-/// The disk that booting an image implies.
-fn image_disk(image: ImageName, size: Option<Bytes>) -> Disk {
+/// The disk that booting an image or an flist implies.
+fn root_disk(source: DiskSource) -> Disk {
     Disk {
         name: "root".parse().expect("a device name"),
-        source: DiskSource::Image { image, size },
+        source,
         bus: DiskBus::Virtio,
         media: Media::Disk,
         read_only: false,

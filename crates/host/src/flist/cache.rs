@@ -4,10 +4,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use lodge_formats::flist::{Block, Cipher};
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 pub struct Cache {
     root: PathBuf,
@@ -35,6 +38,11 @@ impl Cache {
             let _ = fs::remove_file(&path);
             return None;
         }
+        // Who used a block lately is told by its time; to the day is near enough.
+        let old = |meta: fs::Metadata| meta.modified().ok()?.elapsed().ok();
+        if file.metadata().ok().and_then(old).is_some_and(|age| age > DAY) {
+            let _ = file.set_modified(SystemTime::now());
+        }
         Some(file)
     }
 
@@ -53,8 +61,8 @@ impl Cache {
     }
 
     /// Takes the blocks away that nobody has used for longest, until all are no larger together
-    /// than `most` bytes. Whoever is using one keeps it.
-    pub fn trim(&self, most: u64) -> io::Result<u64> {
+    /// than `most` bytes; how many bytes that are. Whoever is using one keeps it.
+    pub fn trim(&self, most: u64, dry_run: bool) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt;
         let mut all = Vec::new();
         for folder in fs::read_dir(&self.root)?.flatten() {
@@ -71,7 +79,7 @@ impl Cache {
             if total <= most {
                 break;
             }
-            if fs::remove_file(path).is_ok() {
+            if dry_run || fs::remove_file(path).is_ok() {
                 total -= bytes;
                 freed += bytes;
             }
@@ -80,7 +88,33 @@ impl Cache {
     }
 }
 
-/// Reads from a block's file; what is behind its end is an error, not less.
-pub fn read_at(file: &File, buffer: &mut [u8], at: u64) -> io::Result<()> {
-    file.read_exact_at(buffer, at)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_changed_is_gone_and_what_is_too_much_goes_oldest_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::new(folder.path());
+        let cipher = Cipher::AesGcm;
+        let blocks: Vec<(Block, Vec<u8>)> = (0..4u8)
+            .map(|byte| {
+                let plain = vec![byte; 8192];
+                (cipher.seal(&plain).0, plain)
+            })
+            .collect();
+        for (age, (block, plain)) in blocks.iter().enumerate() {
+            let file = cache.put(block, plain).unwrap();
+            let time = SystemTime::now() - DAY * (10 - age as u32);
+            file.set_modified(time).unwrap();
+        }
+        assert!(cache.checked(cipher, &blocks[0].0).is_some(), "used, and so not the oldest");
+        fs::write(cache.path(&blocks[3].0), b"other").unwrap();
+        assert!(cache.checked(cipher, &blocks[3].0).is_none());
+        assert!(!cache.path(&blocks[3].0).exists());
+        assert_eq!(cache.trim(16_384, true).unwrap(), 8192);
+        assert_eq!(cache.trim(16_384, false).unwrap(), 8192);
+        let there = |i: usize| cache.path(&blocks[i].0).exists();
+        assert_eq!((there(0), there(1), there(2)), (true, false, true));
+    }
 }

@@ -25,6 +25,8 @@ pub struct Order {
     pub files: Vec<Put>,
     /// A folder for `kernel` and `initrd`.
     pub out: PathBuf,
+    /// Where in it a disk of everything goes, if one is wanted.
+    pub disk: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +66,10 @@ pub(super) fn prepare(tree: &Tree, order: &Order) -> Result<Found, String> {
             .map_err(|why| format!("cannot put {:?} into the root: {why}", file.path))?;
     }
     let mut found = find(tree, &order.out)?;
+    if let Some(disk) = &order.disk {
+        super::disk::write(tree, disk)
+            .map_err(|why| format!("writing the root as a disk: {why}"))?;
+    }
     found.files = order.files.len();
     Ok(found)
 }

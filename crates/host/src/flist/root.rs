@@ -20,8 +20,8 @@ use crate::proc::Tool;
 
 /// An flist itself is fetched within this.
 const FETCH: Duration = Duration::from_secs(120);
-/// What boots is found and taken out within this.
-const PREPARE: Duration = Duration::from_secs(120);
+/// What boots is found and taken out within this, and a disk is made.
+const PREPARE: Duration = Duration::from_secs(300);
 
 /// What a machine boots, and how its root is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub struct Root {
     pub layer: PathBuf,
     pub store: Option<String>,
     pub transport: Transport,
+    /// The root itself, where it is a disk.
+    pub disk: Option<PathBuf>,
 }
 
 /// What a kernel is told that nobody wrote a command line for.
@@ -43,15 +45,16 @@ impl Root {
     /// What a process is told that serves this root to QEMU.
     pub fn config(&self, socket: i32, owner: u32) -> Config {
         self.order(match self.transport {
-            Transport::NineP => Task::Fuse { socket, owner },
             Transport::VirtioFs => Task::VirtioFs { socket },
+            // A disk needs nobody who serves it.
+            Transport::NineP | Transport::Disk => Task::Fuse { socket, owner },
         })
     }
 
     /// What the guest calls its root.
     pub fn tag(&self) -> &'static str {
         match self.transport {
-            Transport::NineP => "root",
+            Transport::NineP | Transport::Disk => "root",
             Transport::VirtioFs => "vroot",
         }
     }
@@ -69,6 +72,8 @@ impl Root {
                 ("", "rootfstype=9p rootflags=rw,trans=virtio,cache=loose root=root")
             }
             (false, true, Transport::VirtioFs) => ("", "rootfstype=virtiofs root=vroot rw"),
+            (false, true, Transport::Disk) => ("", "root=/dev/vda rw"),
+            (false, false, Transport::Disk) => (BARE, "root=/dev/vda"),
             (false, false, Transport::NineP) => {
                 (BARE, "root=root rootfstype=9p rootflags=trans=virtio,cache=loose")
             }
@@ -100,11 +105,13 @@ pub fn cache(paths: &Paths) -> PathBuf {
 }
 
 /// Readies a machine's root in `home`, again and again: what is there stays, files are put in anew.
+/// `keep`: it is to be used, and not only to be looked at.
 pub async fn prepare(
     paths: &Paths,
     machine: &Machine,
     flist: &Flist,
     home: &Path,
+    keep: bool,
 ) -> Result<Root, String> {
     let cache = cache(paths);
     let (layer, out) = (home.join("root"), home.join("boot"));
@@ -133,11 +140,25 @@ pub async fn prepare(
         cache,
         layer,
         store: flist.store.clone(),
-        transport: Transport::NineP,
+        transport: flist.transport.unwrap_or(Transport::NineP),
+        // Under this name every start finds the machine's disk of that name.
+        disk: (flist.transport == Some(Transport::Disk)).then(|| home.join("root.raw")),
     };
-    let config = root.order(Task::Prepare(Order { files, out: out.clone() }));
+    // It is the machine's own once it is made, and what is in it its guest's.
+    let missing = root.disk.as_ref().filter(|disk| !disk.exists());
+    if let Some(disk) = missing.filter(|_| !keep) {
+        // Whoever only looks is shown where it will be.
+        File::create(disk).and_then(|file| file.set_len(1 << 30)).map_err(|e| e.to_string())?;
+    }
+    let disk = missing.filter(|_| keep).map(|_| out.join("disk"));
+    let config = root.order(Task::Prepare(Order { files, out: out.clone(), disk: disk.clone() }));
     let said = tokio::time::timeout(PREPARE, ask(&config)).await;
     let said = said.map_err(|_| "the flist's stores did not answer in time".to_owned())??;
+    if let (Some(made), Some(disk)) = (&disk, &root.disk) {
+        let text = |e: std::io::Error| format!("{}: {e}", disk.display());
+        layer::give(made, crate::survey::user_of(machine.id)).map_err(text)?;
+        fs::rename(made, disk).map_err(text)?;
+    }
     root.found = said.ok_or("the process that reads flists said nothing")?;
     let usual = if root.found.by_yaml { Transport::NineP } else { Transport::VirtioFs };
     root.transport = flist.transport.unwrap_or(usual);

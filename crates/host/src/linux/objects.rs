@@ -11,13 +11,17 @@ use tokio::net::UnixStream;
 
 use super::Linux;
 use crate::fdpass;
+use crate::flist;
 use crate::net::uplink;
 use crate::warden::message::{self, Ask};
+
+/// Blocks of flists take no more room than this, for each of the two formats.
+const MAX_BLOCKS: u64 = 20 << 30;
 
 /// Something that nobody needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Stray {
-    /// `folder`, `process`, `cgroup`, `blob`, `network` or `scratch`.
+    /// `folder`, `process`, `cgroup`, `blob`, `network`, `scratch` or `cache`.
     pub kind: &'static str,
     pub name: String,
     pub why: String,
@@ -68,10 +72,26 @@ impl Linux {
                 remove(dry_run, &path).await;
             }
         }
+        self.trim_blocks(dry_run, &mut strays).await;
         if live.is_empty() {
             self.collect_networks(dry_run, &mut strays).await;
         }
         Ok(strays)
+    }
+
+    /// Blocks of flists beyond what is kept of them, those that nobody used for longest.
+    async fn trim_blocks(&self, dry_run: bool, strays: &mut Vec<Stray>) {
+        for folder in ["flist", "fl"] {
+            let path = flist::root::cache(&self.paths).join("blocks").join(folder);
+            let cache = flist::cache::Cache::new(&path);
+            let trim = move || cache.trim(MAX_BLOCKS, dry_run);
+            // There is nothing where no flist was ever used.
+            let freed = tokio::task::spawn_blocking(trim).await.ok().and_then(Result::ok);
+            if let Some(freed) = freed.filter(|freed| *freed > 0) {
+                let why = format!("{freed} bytes of blocks that nobody used for longest");
+                strays.push(Stray { kind: "cache", name: path.display().to_string(), why });
+            }
+        }
     }
 
     async fn collect_groups(&self, live: &[MachineId], dry_run: bool, strays: &mut Vec<Stray>) {

@@ -32,7 +32,10 @@ impl Linux {
         let home = self.paths.machine(machine.id);
         let own = machine.disks.iter().filter(|disk| match disk.source {
             DiskSource::Path(_) | DiskSource::Own(_) => false,
-            DiskSource::Above(_) | DiskSource::Image { .. } | DiskSource::Blank { .. } => true,
+            DiskSource::Above(_)
+            | DiskSource::Image { .. }
+            | DiskSource::Blank { .. }
+            | DiskSource::Flist => true,
         });
         own.map(|disk| {
             let raw = home.join(format!("{}.raw", disk.name));

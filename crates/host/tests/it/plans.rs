@@ -73,6 +73,7 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
                 layer(path.to_str().unwrap(), DiskFormat::Raw),
             ],
             DiskSource::Blank { .. } => vec![layer("/m/blank.qcow2", DiskFormat::Qcow2)],
+            DiskSource::Flist => vec![layer("/m/root.raw", DiskFormat::Raw)],
             DiskSource::Image { .. } => {
                 vec![layer("/m/top.qcow2", DiskFormat::Qcow2), layer("/i/base", DiskFormat::Raw)]
             }

@@ -9,7 +9,7 @@ use lodge_host::flist::prepare::Found;
 use lodge_host::flist::root::Root;
 use lodge_host::kvm::KvmFact;
 use lodge_spec::flist::Transport;
-use lodge_spec::machine::BackendKind;
+use lodge_spec::machine::{BackendKind, DiskSource};
 
 use crate::plans::{FAST, SLOW, facts, machine, survey};
 
@@ -180,6 +180,20 @@ fn a_root_over_virtio_fs_is_shared_memory_and_a_socket() {
     assert!(!qemu.warden.jail.keep_fds.contains(&fuse.socket), "the hypervisor never has it");
 }
 
+#[test]
+fn firecracker_is_given_a_disk_of_the_flist() {
+    let text = "flist: {source: /x.fl}\nbackend: firecracker\nnics: []\n";
+    let machine = machine(text);
+    assert_eq!(machine.disks[0].source, DiskSource::Flist);
+    assert_eq!(machine.to_draft().disks, Some(Vec::new()), "the disk follows from the flist");
+    let mut survey = surveyed(text);
+    survey.boot = surveyed(KERNEL).boot;
+    let launch = Choice::of(&machine, &survey, &with_both(FAST)).chosen().unwrap();
+    assert_eq!((launch.backend, &launch.warden.root), (BackendKind::Firecracker, &None));
+    let calls: String = launch.calls.iter().map(|call| format!("{call}\n")).collect();
+    assert!(calls.contains(r#""drive_id":"disk0","is_read_only":false"#), "{calls}");
+}
+
 fn root(transport: Transport) -> Root {
     let found =
         Found { by_yaml: true, initrd: false, cmdline: String::new(), nodefault: false, files: 0 };
@@ -192,6 +206,7 @@ fn root(transport: Transport) -> Root {
         layer: "/m/root".into(),
         store: None,
         transport,
+        disk: None,
     }
 }
 

@@ -93,6 +93,37 @@ fn the_same_root_over_virtio_fs() {
 }
 
 #[test]
+fn the_same_root_as_a_disk() {
+    let lab = Lab::new();
+    let flist = Flist::new(&lab, "a.flist", |root| {
+        std::os::unix::fs::chown(root.join("etc/hello"), Some(55), Some(66)).unwrap();
+    });
+    let document = serde_json::json!({
+        "name": "a", "memory": "256MiB", "nics": [], "ready": "console:GUEST-READY",
+        "flist": {"source": flist.path(), "store": flist.store, "transport": "disk"},
+        "files": [{"path": "/etc/put", "content": "put in\n"}],
+    });
+    let file = lab.home().join("machine.json");
+    fs::write(&file, document.to_string()).unwrap();
+    lab.ok(&["create", text(&file)]);
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "170"]);
+    lab.type_and_see(
+        "a",
+        "stat -c '%a %u %g' /etc/hello; cat /etc/put; grep ' / ' /proc/mounts; md5sum /srv/big; \
+         echo kept > /root/kept; sync; echo FIRST-$?\n",
+        "FIRST-0",
+    );
+    let seen = lab.console_text("a");
+    for line in ["644 55 66", "put in", "ext4"] {
+        assert!(seen.contains(line), "{line}: {seen}");
+    }
+    lab.ok(&["stop", "a", "--force"]);
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "170"]);
+    lab.type_and_see("a", "cat /root/kept; echo SECOND-$?\n", "SECOND-0");
+    assert!(lab.console_text("a").contains("kept\r\n"));
+}
+
+#[test]
 fn an_ordinary_users_root_has_owners_too() {
     let lab = Lab::of_user(1234);
     for name in ["a.flist", "a.fl"] {

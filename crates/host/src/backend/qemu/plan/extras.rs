@@ -105,7 +105,7 @@ pub(super) fn root(args: &mut Arguments, machine: &Machine, survey: &Survey) -> 
     let (jail, own) = (args.next_fd(), args.next_fd());
     let tag = root.tag();
     match root.transport {
-        Transport::NineP => {
+        Transport::NineP | Transport::Disk => {
             let options = "multidevs=forbid,security_model=mapped-xattr";
             args.add("-fsdev", format!("local,id=root,path={ROOT},{options}"));
             args.add("-device", format!("virtio-9p-pci,id=fs-root,fsdev=root,mount_tag={tag}"));
@@ -126,6 +126,6 @@ pub(super) fn root(args: &mut Arguments, machine: &Machine, survey: &Survey) -> 
 pub(super) fn memory_backend(survey: &Survey) -> &'static str {
     match survey.root.as_ref().map(|root| root.transport) {
         Some(Transport::VirtioFs) => ",memory-backend=ram",
-        Some(Transport::NineP) | None => "",
+        Some(Transport::NineP | Transport::Disk) | None => "",
     }
 }
