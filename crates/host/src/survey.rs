@@ -157,15 +157,15 @@ impl Surveyor<'_> {
             let kept = kept && layers[0].path.exists();
             Some(DiskFiles { layers, bytes, kept })
         };
+        let plain = |p: &mut Problems, looked| {
+            let looked: layer::Looked = p.take(&format!("{at}.source"), looked)?;
+            files(vec![looked.layer], looked.bytes)
+        };
         match &disk.source {
-            DiskSource::Path(path) => {
-                let looked = p.take(&format!("{at}.source"), layer::look(path))?;
-                files(vec![looked.layer], looked.bytes)
-            }
-            DiskSource::Own(name) => {
-                let looked = p.take(&format!("{at}.source"), self.own_file(machine.id, name))?;
-                files(vec![looked.layer], looked.bytes)
-            }
+            DiskSource::Path(path) => plain(p, layer::look(path)),
+            DiskSource::Own(name) => plain(p, self.own_file(machine.id, name)),
+            // Before the machine itself is made, it lies elsewhere.
+            DiskSource::Flist => plain(p, layer::look(self.root.as_ref()?.disk.as_ref()?)),
             DiskSource::Above(below) => {
                 let looked = p.take(&format!("{at}.source"), layer::look(below))?;
                 let path = own(disk.name.as_str());
@@ -179,12 +179,6 @@ impl Surveyor<'_> {
                 let bytes = size.0;
                 steps.push(Step::Layer { path: path.clone(), bytes, above: None, owner: uid });
                 files(vec![top(path)], bytes)
-            }
-            DiskSource::Flist => {
-                // Before the machine itself is made, it lies elsewhere.
-                let disk = self.root.as_ref().and_then(|root| root.disk.as_ref())?;
-                let looked = p.take(&format!("{at}.source"), layer::look(disk))?;
-                files(vec![looked.layer], looked.bytes)
             }
             DiskSource::Image { image, size } => {
                 let manifest = self.manifest(p, &format!("{at}.image"), image).await?;
