@@ -54,8 +54,10 @@ pub struct Fetcher {
 
 #[derive(Default)]
 struct State {
-    /// Blocks on their way.
+    /// Blocks that somebody is looking for.
     under_way: HashSet<u32>,
+    /// How many of those stores are asked for.
+    asked: usize,
     /// Blocks that were checked, with how often they were used since.
     open: HashMap<u32, (Arc<File>, u32)>,
     order: VecDeque<u32>,
@@ -136,7 +138,7 @@ impl Fetcher {
                 // Looked at again; if it has changed it is fetched anew.
                 state.open.remove(&number);
             }
-            if state.under_way.len() < MAX_FETCHES && !state.under_way.contains(&number) {
+            if !state.under_way.contains(&number) {
                 break;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -166,12 +168,30 @@ impl Fetcher {
         if let Some(file) = self.cache.checked(cipher, block) {
             return Ok(file.into());
         }
+        // Whoever finds a block here does not wait for those who must ask for theirs.
+        self.begin(deadline)?;
         let fetched = self.fetch(index, block, limit, deadline);
+        self.state.lock().expect("not poisoned").asked -= 1;
+        self.changed.notify_all();
         let plain = fetched.inspect_err(|_| {
             self.counters.failures.fetch_add(1, Ordering::Relaxed);
         })?;
         let kept = self.cache.put(block, &plain).map_err(|e| format!("the cache: {e}"))?;
         Ok(kept.into())
+    }
+
+    /// Waits until stores may be asked for one block more.
+    fn begin(&self, deadline: Instant) -> Result<(), String> {
+        let mut state = self.state.lock().expect("not poisoned");
+        while state.asked >= MAX_FETCHES {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("too many others are waiting for theirs".into());
+            }
+            state = self.changed.wait_timeout(state, left).expect("not poisoned").0;
+        }
+        state.asked += 1;
+        Ok(())
     }
 
     /// Asks one store after the other, twice, those that have just failed last.
@@ -263,8 +283,12 @@ impl Fetcher {
                         else {
                             return;
                         };
-                        // Whoever reads it is told if it cannot be had.
-                        let _ = self.bring(index, *number, limits(*number));
+                        // Whoever reads it is told if it cannot be had. Stores that fail are for
+                        // those who wait.
+                        if self.bring(index, *number, limits(*number)).is_err() {
+                            next.store(u64::MAX / 2, Ordering::Relaxed);
+                            return;
+                        }
                     }
                 });
             }

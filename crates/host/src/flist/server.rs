@@ -234,6 +234,11 @@ fn attend(config: &Config, tree: &Arc<Tree>, serve: impl FnOnce()) {
     spawn(move || safe.keep_safe());
     serve();
     let _ = tree.sync();
+    let counters = &tree.fetcher.counters;
+    let number = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let (blocks, bytes) = (number(&counters.blocks), number(&counters.bytes));
+    let failures = number(&counters.failures);
+    let _ = writeln!(io::stderr(), "fetched {blocks} blocks, {bytes} bytes; {failures} failures");
     keep_start(tree, &profile);
 }
 
