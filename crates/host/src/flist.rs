@@ -16,3 +16,4 @@ pub mod store;
 pub mod tools;
 pub mod tree;
 mod virtio;
+mod walk;

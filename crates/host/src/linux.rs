@@ -92,6 +92,10 @@ impl Linux {
     /// How the machine would be started. Kernels never seen before are unpacked first, because
     /// the choice of the board depends on what is in them.
     pub async fn plan(&self, machine: &Machine) -> Result<Choice, Problems> {
+        let home = self.paths.machine(machine.id);
+        if !matches!(machine.boot, Boot::Flist { .. }) {
+            return self.plan_in(machine, &home, false).await;
+        }
         // Nothing is to be left of what is only looked at.
         let scratch = tempfile::tempdir_in(&self.paths.run);
         let scratch = scratch.map_err(|e| Problems(vec![Problem::new("", e.to_string())]))?;

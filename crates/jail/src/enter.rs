@@ -192,7 +192,6 @@ fn keep_descriptors(keep: &[i32]) -> Result<(), Error> {
 }
 
 fn drop_identity(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
-    use rustix::thread::{CapabilitySet, CapabilitySets};
     for number in 0..64 {
         // SAFETY: takes plain numbers; an unknown capability is answered EINVAL and ends the list.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) } != 0 {
@@ -200,25 +199,35 @@ fn drop_identity(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
         }
     }
     if !rootless {
-        let (uid, gid) = (plan.uid, plan.gid);
-        // SAFETY: an empty list is passed as length zero; the pointer is not read.
-        let groups = unsafe { libc::setgroups(0, std::ptr::null()) };
-        // SAFETY: plain numbers; a single-threaded process changes as a whole.
-        let gids = unsafe { libc::setresgid(gid, gid, gid) };
-        // SAFETY: as above.
-        let uids = unsafe { libc::setresuid(uid, uid, uid) };
-        if groups != 0 || gids != 0 || uids != 0 {
-            return Err(step("change user")(io::Error::last_os_error()));
-        }
+        become_user(plan.uid, plan.gid)?;
     }
-    let none = CapabilitySet::empty();
     rustix::thread::clear_ambient_capability_set().map_err(step("clear capabilities"))?;
+    drop_capabilities()?;
+    rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))
+}
+
+/// This user and group, and no others, from now on.
+pub(crate) fn become_user(uid: u32, gid: u32) -> Result<(), Error> {
+    // SAFETY: an empty list is passed as length zero; the pointer is not read.
+    let groups = unsafe { libc::setgroups(0, std::ptr::null()) };
+    // SAFETY: plain numbers; a single-threaded process changes as a whole.
+    let gids = unsafe { libc::setresgid(gid, gid, gid) };
+    // SAFETY: as above.
+    let uids = unsafe { libc::setresuid(uid, uid, uid) };
+    match groups == 0 && gids == 0 && uids == 0 {
+        true => Ok(()),
+        false => Err(step("change user")(io::Error::last_os_error())),
+    }
+}
+
+pub(crate) fn drop_capabilities() -> Result<(), Error> {
+    use rustix::thread::{CapabilitySet, CapabilitySets};
+    let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(
         None,
         CapabilitySets { effective: none, permitted: none, inheritable: none },
     )
-    .map_err(step("drop capabilities"))?;
-    rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))
+    .map_err(step("drop capabilities"))
 }
 
 fn send(status: BorrowedFd<'_>, text: &str) -> Result<(), Error> {

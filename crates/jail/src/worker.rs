@@ -12,7 +12,7 @@ use landlock::{
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
-use crate::enter::{Error, step};
+use crate::enter::{Error, become_user, drop_capabilities, step};
 use crate::script;
 
 /// What the calling process keeps.
@@ -47,7 +47,10 @@ const NAMES: &[&str] = &[
 pub fn confine(plan: &WorkerPlan) -> Result<(), Error> {
     rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))?;
     if rustix::process::geteuid().is_root() {
-        become_nobody(plan.uid)?;
+        if let Some(id) = plan.uid {
+            become_user(id, id)?;
+        }
+        drop_capabilities()?;
     }
     restrict(plan)?;
     // Others of the same user neither look into this one nor stop it.
@@ -55,27 +58,6 @@ pub fn confine(plan: &WorkerPlan) -> Result<(), Error> {
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     seccompiler::apply_filter(&filter()?)?;
     Ok(())
-}
-
-fn become_nobody(uid: Option<u32>) -> Result<(), Error> {
-    use rustix::thread::{CapabilitySet, CapabilitySets};
-    if let Some(id) = uid {
-        // SAFETY: an empty list is passed as length zero; the pointer is not read.
-        let groups = unsafe { libc::setgroups(0, std::ptr::null()) };
-        // SAFETY: plain numbers; a single-threaded process changes as a whole.
-        let gids = unsafe { libc::setresgid(id, id, id) };
-        // SAFETY: as above.
-        let uids = unsafe { libc::setresuid(id, id, id) };
-        if groups != 0 || gids != 0 || uids != 0 {
-            return Err(step("change user")(io::Error::last_os_error()));
-        }
-    }
-    let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets { effective: none, permitted: none, inheritable: none },
-    )
-    .map_err(step("drop capabilities"))
 }
 
 fn restrict(plan: &WorkerPlan) -> Result<(), Error> {

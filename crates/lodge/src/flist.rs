@@ -14,6 +14,8 @@ use lodge_spec::request::{Reply, Request};
 use serde_json::json;
 
 use crate::client;
+use crate::command::print;
+use crate::xcluster::told;
 
 /// What a root needs to know that is no disk.
 const FSTAB: &[u8] = b"# The root is an flist and is mounted before this is read.\n";
@@ -83,19 +85,8 @@ pub(crate) fn carry_out(verb: &FlistVerb) -> Result<ExitCode> {
     }
 }
 
-fn told<T>(result: Result<T, String>) -> Result<T> {
-    result.map_err(|why| anyhow!(why))
-}
-
 fn pair<'a>(text: &'a str, option: &str, shape: &str) -> Result<(&'a str, &'a str)> {
     text.split_once('=').ok_or_else(|| anyhow!("{option} {text:?} is not {shape}"))
-}
-
-fn print(text: &str) -> Result<ExitCode> {
-    let mut stdout = std::io::stdout();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()?;
-    Ok(ExitCode::SUCCESS)
 }
 
 /// The files of a source: something on this host, or a stored image with what it boots.

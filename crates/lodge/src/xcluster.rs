@@ -222,6 +222,6 @@ fn say(text: &str) {
 }
 
 /// A sentence of the host's as an error.
-fn told<T>(result: std::result::Result<T, String>) -> Result<T> {
+pub(crate) fn told<T>(result: std::result::Result<T, String>) -> Result<T> {
     result.map_err(|why| anyhow!(why))
 }

@@ -10,7 +10,7 @@ use lodge_formats::flist::Kind;
 use lodge_formats::tree::{Kind as NodeKind, Node, Tree as Names};
 
 use super::layer::Attr;
-use super::tree::{ROOT, Tree};
+use super::tree::{ROOT, Tree, decode_device};
 
 /// Room for what the guest will write.
 const ROOM: u64 = 2 << 30;
@@ -82,8 +82,7 @@ fn names(tree: &Tree) -> Result<Names<u64>, String> {
 }
 
 fn put(names: &mut Names<u64>, path: &str, attr: &Attr, ino: u64) -> Result<(), String> {
-    // As the kernel puts a device's two numbers into one.
-    let (major, minor) = (attr.rdev >> 8 & 0xfff, attr.rdev & 0xff | attr.rdev >> 12 & !0xff);
+    let (major, minor) = decode_device(attr.rdev);
     let kind = match Kind::of_mode(attr.mode) {
         Some(Kind::Directory) => NodeKind::Directory,
         Some(Kind::File) => NodeKind::File { size: attr.size, contents: ino },

@@ -149,6 +149,17 @@ impl Fetcher {
         }
         state.under_way.insert(number);
         drop(state);
+        self.look(index, number, limit, deadline)
+    }
+
+    /// Finds a block that was entered as under way, and tells those who wait for it.
+    fn look(
+        &self,
+        index: &Index,
+        number: u32,
+        limit: u32,
+        deadline: Instant,
+    ) -> Result<Arc<File>, String> {
         let found = self.fill(index, &index.block(number), limit, deadline);
         let mut state = self.state.lock().expect("not poisoned");
         state.under_way.remove(&number);
@@ -303,13 +314,6 @@ impl Fetcher {
                 return Ok(());
             }
         }
-        let deadline = Instant::now() + self.patience;
-        let block = index.block(number);
-        let found = self.fill(index, &block, limit, deadline);
-        let mut state = self.state.lock().expect("not poisoned");
-        state.under_way.remove(&number);
-        state.remember(number, &found);
-        self.changed.notify_all();
-        found.map(drop)
+        self.look(index, number, limit, Instant::now() + self.patience).map(drop)
     }
 }

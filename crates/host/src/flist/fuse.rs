@@ -287,11 +287,11 @@ impl FileSystem for Fuse {
     }
 
     fn unlink(&self, _: &Context, dir: u64, name: &CStr) -> io::Result<()> {
-        self.tree.remove(dir, name, false).map(drop)
+        self.tree.remove(dir, name, false)
     }
 
     fn rmdir(&self, _: &Context, dir: u64, name: &CStr) -> io::Result<()> {
-        self.tree.remove(dir, name, true).map(drop)
+        self.tree.remove(dir, name, true)
     }
 
     fn rename(
@@ -303,7 +303,7 @@ impl FileSystem for Fuse {
         to_name: &CStr,
         flags: u32,
     ) -> io::Result<()> {
-        self.tree.rename((dir, name), (to, to_name), flags).map(drop)
+        self.tree.rename((dir, name), (to, to_name), flags)
     }
 
     fn link(&self, _: &Context, ino: u64, dir: u64, name: &CStr) -> io::Result<Entry> {

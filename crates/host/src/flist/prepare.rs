@@ -12,8 +12,6 @@ use serde::{Deserialize, Serialize};
 use super::layer::Attr;
 use super::tree::{ROOT, Tree, now};
 
-/// Symbolic links that are followed in one path.
-const MAX_HOPS: u32 = 40;
 /// Kernels and initial RAM disks are smaller than this.
 const MAX_BOOT_FILE: u64 = 1 << 30;
 const MAX_YAML: u64 = 1 << 20;
@@ -120,39 +118,13 @@ fn found_kernel(tree: &Tree, kernel: u64, out: &Path) -> Result<Found, String> {
 
 /// The inode of a path, links in it followed within the root.
 fn walk(tree: &Tree, path: &str) -> Result<u64, String> {
-    let mut hops = 0;
-    let mut parts: Vec<Vec<u8>> =
-        path.split('/').rev().map(|part| part.as_bytes().to_vec()).collect();
-    let mut at = vec![ROOT];
-    while let Some(part) = parts.pop() {
-        match part.as_slice() {
-            b"" | b"." => continue,
-            b".." => {
-                if at.len() > 1 {
-                    at.pop();
-                }
-                continue;
-            }
-            _ => {}
-        }
+    super::walk::walk(ROOT, path, |dir, name| {
         let layer = tree.layer();
-        let here = *at.last().expect("the root");
-        let ino = tree.lookup_in(&layer, here, &part).map_err(|e| e.to_string())?;
+        let ino = tree.lookup_in(&layer, dir, name).map_err(|e| e.to_string())?;
         let attr = tree.attr_in(&layer, ino).map_err(|e| e.to_string())?;
-        if !attr.is(libc::S_IFLNK) {
-            at.push(ino);
-            continue;
-        }
-        hops += 1;
-        if hops > MAX_HOPS {
-            return Err("too many symbolic links".into());
-        }
-        if attr.target.starts_with(b"/") {
-            at.truncate(1);
-        }
-        parts.extend(attr.target.split(|b| *b == b'/').rev().map(<[u8]>::to_vec));
-    }
-    Ok(*at.last().expect("the root"))
+        let link = attr.is(libc::S_IFLNK);
+        Ok((ino, link.then_some(attr.target)))
+    })
 }
 
 fn read_whole(tree: &Tree, ino: u64, most: u64) -> Result<Vec<u8>, String> {

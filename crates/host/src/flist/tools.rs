@@ -98,35 +98,13 @@ fn find(index: &Index, path: &str) -> Result<u32, String> {
 
 /// The node that a path leads to, links followed within the root.
 fn resolve(index: &Index, path: &str) -> Result<u32, String> {
-    let none = || format!("{path}: there is none");
-    let mut parts: Vec<Vec<u8>> = path.split('/').rev().map(|p| p.as_bytes().to_vec()).collect();
-    let (mut at, mut hops) = (ROOT, 0);
-    while let Some(part) = parts.pop() {
-        match part.as_slice() {
-            b"" | b"." => continue,
-            b".." => {
-                at = index.node(at).map_or(ROOT, |node| node.parent);
-                continue;
-            }
-            _ => {}
-        }
-        let next = index.lookup(at, &part).ok_or_else(none)?;
-        let node = index.node(next).ok_or_else(none)?;
-        if node.kind != Kind::Symlink {
-            at = next;
-            continue;
-        }
-        hops += 1;
-        if hops > 40 {
-            return Err(format!("{path}: too many symbolic links"));
-        }
-        let target = index.target(node);
-        if target.starts_with(b"/") {
-            at = ROOT;
-        }
-        parts.extend(target.split(|b| *b == b'/').rev().map(<[u8]>::to_vec));
-    }
-    Ok(at)
+    let found = super::walk::walk(ROOT, path, |dir, name| {
+        let number = index.lookup(dir, name).ok_or("there is none")?;
+        let node = index.node(number).ok_or("there is none")?;
+        let link = node.kind == Kind::Symlink;
+        Ok((number, link.then(|| index.target(node).to_vec())))
+    });
+    found.map_err(|why| format!("{path}: {why}"))
 }
 
 /// Writes the contents of the file that a path leads to.

@@ -216,7 +216,7 @@ impl Tree {
         layer.set(ino, attr)
     }
 
-    pub(super) fn remove(&self, dir: u64, name: &CStr, directory: bool) -> io::Result<u64> {
+    pub(super) fn remove(&self, dir: u64, name: &CStr, directory: bool) -> io::Result<()> {
         let name = checked(name)?;
         let mut layer = self.layer();
         let ino = self.lookup_in(&layer, dir, name)?;
@@ -231,7 +231,7 @@ impl Tree {
         self.unlink_ino(&mut layer, ino)?;
         self.touch(&mut layer, dir)?;
         self.note();
-        Ok(ino)
+        Ok(())
     }
 
     pub(super) fn link(&self, ino: u64, dir: u64, name: &CStr) -> io::Result<Attr> {
@@ -256,13 +256,13 @@ impl Tree {
         Ok(attr)
     }
 
-    /// Gives a file another name, in the place of whatever has it. Returns what had it.
+    /// Gives a file another name, in the place of whatever has it.
     pub(super) fn rename(
         &self,
         from: (u64, &CStr),
         to: (u64, &CStr),
         flags: u32,
-    ) -> io::Result<Option<u64>> {
+    ) -> io::Result<()> {
         let ((dir, name), (to_dir, to_name)) = ((from.0, checked(from.1)?), (to.0, checked(to.1)?));
         let mut layer = self.layer();
         let ino = self.lookup_in(&layer, dir, name)?;
@@ -274,14 +274,14 @@ impl Tree {
                 layer.put_name(dir, name, Some(old))?;
                 layer.put_name(to_dir, to_name, Some(ino))?;
                 self.note();
-                return Ok(None);
+                return Ok(());
             }
             libc::RENAME_NOREPLACE if old.is_some() => return Err(error(libc::EEXIST)),
             0 | libc::RENAME_NOREPLACE => {}
             _ => return Err(error(libc::EINVAL)),
         }
         if old == Some(ino) {
-            return Ok(None);
+            return Ok(());
         }
         if let Some(old) = old {
             let old_is_directory = self.attr_in(&layer, old)?.is(libc::S_IFDIR);
@@ -302,7 +302,7 @@ impl Tree {
             self.touch(&mut layer, to_dir)?;
         }
         self.note();
-        Ok(old)
+        Ok(())
     }
 
     /// Bytes of a file; fewer at its end.
@@ -465,6 +465,11 @@ fn read_data(data: &File, mut part: &mut [u8], mut at: u64) -> io::Result<()> {
 /// As the kernel puts a device's two numbers into one of 32 bits.
 fn encode_device(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major & 0xfff) << 8 | (minor & !0xff) << 12
+}
+
+/// The two numbers again.
+pub(super) fn decode_device(rdev: u32) -> (u32, u32) {
+    (rdev >> 8 & 0xfff, rdev & 0xff | rdev >> 12 & !0xff)
 }
 
 fn checked(name: &CStr) -> io::Result<&[u8]> {
