@@ -165,11 +165,9 @@ impl<H: Host> Keeper<H> {
             wrote_us: 0,
             timers: 0,
             taken_up,
+            leave: Box::new(move || drop(self.machines.write().expect("not poisoned").remove(&id))),
         };
-        tokio::spawn(async move {
-            task.run().await;
-            self.machines.write().expect("not poisoned").remove(&id);
-        });
+        tokio::spawn(task.run());
         handle
     }
 

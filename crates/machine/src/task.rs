@@ -74,6 +74,9 @@ pub(crate) struct Task<H> {
     pub(crate) timers: u64,
     /// Dropped once what is published is what is.
     pub(crate) taken_up: Option<oneshot::Sender<()>>,
+    /// Takes the machine off the list of machines: before anybody is told that it is gone, so that
+    /// who was told does not find it.
+    pub(crate) leave: Box<dyn Fn() + Send>,
 }
 
 impl<H: Host> Task<H> {
@@ -337,6 +340,7 @@ impl<H: Host> Task<H> {
             store::put_event(c, event)
         });
         let event = written.await?;
+        (self.leave)();
         self.publish(true);
         let _ = self.events.send(event);
         Ok(())
