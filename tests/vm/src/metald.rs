@@ -85,7 +85,7 @@ impl Server {
             "memory": {"size_bytes": 134_217_728},
             "boot": {
                 "kernel_path": self.asset("vmlinux"),
-                "kernel_args": "console=ttyS0 quiet reboot=k panic=1 pci=off",
+                "kernel_args": "console=ttyS0 quiet cryptomgr.notests reboot=k panic=1 pci=off",
             },
             "storage": [{"path": self.asset("rootfs.ext4"), "readonly": false}],
         })

@@ -150,7 +150,7 @@ fn a_kernel_with_a_disk_and_a_nic_under_tcg() {
             -m size=512M
             -kernel /kernel
             -initrd /initrd
-            -append console=ttyS0 tsc_early_khz=2596000 no_timer_check
+            -append console=ttyS0 no_timer_check tsc_early_khz=2596000
             -object rng-builtin,id=rng0
             -device virtio-rng-device,rng=rng0
             -device virtio-balloon-device,id=balloon0,deflate-on-oom=on
@@ -304,12 +304,15 @@ fn a_refused_register_is_left_out() {
 #[test]
 fn microvm_traps_are_stepped_around_under_tcg_only() {
     let text = format!("{KERNEL}\nnics: []\n");
-    assert!(has(&text, &facts(SLOW, (7, 2, 22)), "tsc_early_khz=2596000 no_timer_check"));
+    assert!(has(&text, &facts(SLOW, (7, 2, 22)), "no_timer_check tsc_early_khz=2596000"));
     assert!(!has(&text, &facts(FAST, (7, 2, 22)), "tsc_early_khz"));
     assert!(has(&text, &facts(SLOW, (10, 0, 2)), "type=microvm,pic=off"));
     assert!(!has(&text, &facts(SLOW, (7, 2, 22)), "pic=off"));
     assert!(!has(&text, &facts(FAST, (10, 0, 2)), "pic=off"));
-    assert!(!has(&format!("{text}board: q35\n"), &facts(SLOW, (7, 2, 22)), "tsc_early_khz"));
+    let q35 = format!("{text}board: q35\n");
+    assert!(!has(&q35, &facts(SLOW, (7, 2, 22)), "tsc_early_khz"));
+    assert!(has(&q35, &facts(SLOW, (7, 2, 22)), "no_timer_check"));
+    assert!(!has(&q35, &facts(FAST, (7, 2, 22)), "no_timer_check"));
 }
 
 #[test]

@@ -14,7 +14,7 @@ fn kernel_boot(more: &str) -> String {
     format!(
         "memory: {{size: 256MiB, max: 768MiB}}\ncpus: {{count: 1, max: 4}}\nnics: []\n\
          ready: console:GUEST-READY\n\
-         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n{more}"
+         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet cryptomgr.notests}}\n{more}"
     )
 }
 
@@ -64,7 +64,7 @@ fn a_microvm_says_that_it_takes_no_devices() {
         "a",
         &format!(
             "memory: 256MiB\nnics: []\nready: console:GUEST-READY\n\
-         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
+         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet cryptomgr.notests}}\n"
         ),
     );
     assert_eq!(lab.json(&["inspect", "a"])["runs"]["board"], "microvm");

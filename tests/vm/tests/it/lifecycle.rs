@@ -137,7 +137,7 @@ fn an_ephemeral_machine_leaves_nothing() {
         "--initrd",
         &initrd,
         "--append",
-        "console=ttyS0 quiet",
+        "console=ttyS0 quiet cryptomgr.notests",
         "--net",
         "none",
         "--memory",
@@ -160,7 +160,7 @@ fn files_reach_a_guest_that_has_no_disk() {
         (assets::kernel(), assets::guest("cat /etc/lodge/metadata.json\necho GUEST-READY\nsh\n"));
     let text = format!(
         "name: b\nmemory: 256MiB\nnics: []\nready: console:GUEST-READY\nmetadata: {{role: web, port: 80}}\n\
-         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet}}\n"
+         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet cryptomgr.notests}}\n"
     );
     std::fs::write(&file, text).unwrap();
     lab.ok(&["create", file.to_str().unwrap()]);

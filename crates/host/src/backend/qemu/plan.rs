@@ -274,9 +274,14 @@ fn boot(
                 args.add("-initrd", "/initrd");
             }
             let mut cmdline = cmdline.clone();
-            if board == Board::Microvm && accel == Accel::Tcg && tsc_khz > 0 {
-                // Without these, calibrating the clock hangs on a busy host.
-                cmdline = format!("{cmdline} tsc_early_khz={tsc_khz} no_timer_check");
+            if accel == Accel::Tcg {
+                // On a busy host the ticks that Linux waits for come late, and it gives up: it
+                // takes a slow timer for a broken one. On real ones it does not look either.
+                cmdline.push_str(" no_timer_check");
+                if board == Board::Microvm && tsc_khz > 0 {
+                    // Nor does it find out how fast its clock is.
+                    cmdline = format!("{cmdline} tsc_early_khz={tsc_khz}");
+                }
             }
             args.add("-append", cmdline.trim());
         }

@@ -158,7 +158,7 @@ fn the_guest_sees_what_was_asked_for() {
     let id = server.create(|config| {
         config["cpu"] = json!({"vcpu_count": 2, "topology": {"sockets": 1, "cores_per_socket": 2, "threads_per_core": 1}});
         config["memory"]["size_bytes"] = json!(268_435_456);
-        config["boot"]["kernel_args"] = json!("console=ttyS0 quiet pci=off from.the=caller");
+        config["boot"]["kernel_args"] = json!("console=ttyS0 quiet cryptomgr.notests pci=off from.the=caller");
         config["storage"] = json!([
             {"path": server.asset("app.ext4"), "readonly": true, "id": "data"},
             {"path": server.asset("rootfs.ext4"), "is_root_device": true},
@@ -217,7 +217,7 @@ fn every_part_of_a_description_takes_effect() {
         ]);
         config["boot"] = json!({
             "kernel_path": server.asset("vmlinux"),
-            "kernel_args": "console=ttyS0 quiet reboot=k panic=1 init=/sbin/init",
+            "kernel_args": "console=ttyS0 quiet cryptomgr.notests reboot=k panic=1 init=/sbin/init",
             "initrd_path": server.asset("initrd.img"),
         });
     });
@@ -279,7 +279,7 @@ fn case_38_room_for_more_memory_is_what_the_guide_says() {
     let with = |more: Value| {
         let id = server.create(|config| {
             config["memory"] = json!({"size_bytes": 268_435_456, "hotplug_size_bytes": more});
-            config["boot"]["kernel_args"] = json!("console=ttyS0 quiet");
+            config["boot"]["kernel_args"] = json!("console=ttyS0 quiet cryptomgr.notests");
         });
         (server.ok("GetVmInfo", json!({"vm_id": id}))["config"]["memory"].clone(), id)
     };
