@@ -15,6 +15,7 @@ demo:
 build:
 	@scripts/deps.sh $(BUILD)
 	cargo build --release
+	cargo xtask guest
 
 # No root, no guest.
 check:
@@ -35,6 +36,7 @@ vm-test:
 bench:
 	@scripts/deps.sh $(BUILD) $(TEST)
 	cargo build --quiet --release
+	cargo xtask guest
 	cargo xtask bench
 
 install: build
@@ -45,5 +47,6 @@ install: build
 	mkdir -p $(DESTDIR)/usr/local/share/lodge
 	cp -R guest/xcluster $(DESTDIR)/usr/local/share/lodge/
 	install -D -m 0755 target/release/lodge-jail $(DESTDIR)/usr/local/bin/lodge-jail
+	install -D -m 0755 target/release/vm-bootstrap $(DESTDIR)/usr/local/bin/vm-bootstrap
 	install -D -m 0644 dist/lodge.service $(DESTDIR)/etc/systemd/system/lodge.service
 	install -D -m 0644 dist/lodge.socket $(DESTDIR)/etc/systemd/system/lodge.socket

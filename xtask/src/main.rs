@@ -1,5 +1,5 @@
-//! All automation: `cargo xtask check | tidy | openapi | fuzz | vm-test | bench`. Runs programs and looks at files;
-//! knows nothing about machines.
+//! All automation: `cargo xtask check | tidy | openapi | fuzz | guest | vm-test | bench`. Runs
+//! programs and looks at files; knows nothing about machines.
 
 mod bench;
 mod bench_door;
@@ -7,6 +7,7 @@ mod bench_flist;
 mod bench_vmadm;
 mod bench_xcluster;
 mod fuzz;
+mod guest;
 mod leftovers;
 mod openapi;
 #[cfg(feature = "proto")]
@@ -26,11 +27,12 @@ fn main() -> ExitCode {
         "vm-test" => vm_test(),
         "bench" => bench::bench(),
         "fuzz" => fuzz::fuzz(),
+        "guest" => guest::guest(&std::env::args().nth(2).unwrap_or_else(|| "release".into())),
         "openapi" => openapi::openapi(false),
         #[cfg(feature = "proto")]
         "proto" => proto::generate(),
         _ => Err(anyhow::anyhow!(
-            "usage: cargo xtask check | tidy | openapi | fuzz | vm-test | bench"
+            "usage: cargo xtask check | tidy | openapi | fuzz | guest [PROFILE] | vm-test | bench"
         )),
     };
     match result {
@@ -45,7 +47,7 @@ fn main() -> ExitCode {
 /// Everything that needs neither root nor a guest. All failures are shown, not only the first.
 fn check() -> anyhow::Result<()> {
     let packages = ["spec", "formats", "machine", "host", "doors"].map(|p| format!("lodge-{p}"));
-    let mut test = vec!["test", "--quiet", "-p", "lodge", "-p", "lodge-jail"];
+    let mut test = vec!["test", "--quiet", "-p", "lodge", "-p", "lodge-jail", "-p", "lodge-guest"];
     for package in &packages {
         test.extend(["-p", package]);
     }
@@ -73,6 +75,7 @@ fn vm_test() -> anyhow::Result<()> {
             "cargo",
             &["build", "--profile", "quick", "-p", "lodge", "-p", "lodge-jail"],
         ),
+        Step::call("guest", || guest::guest("quick")),
         // The one long compilation has the host for itself.
         Step::new(
             "kernel",

@@ -13,8 +13,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lodge-spec", &[]),
     ("lodge-formats", &[]),
     ("lodge-jail", &[]),
+    ("lodge-guest", &[]),
     ("lodge-machine", &["lodge-spec"]),
-    ("lodge-host", &["lodge-machine", "lodge-jail", "lodge-formats", "lodge-spec"]),
+    ("lodge-host", &["lodge-machine", "lodge-jail", "lodge-formats", "lodge-guest", "lodge-spec"]),
     ("lodge-doors", &["lodge-spec"]),
     ("lodge", &["lodge-doors", "lodge-machine", "lodge-host", "lodge-spec"]),
 ];

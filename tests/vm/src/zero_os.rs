@@ -63,7 +63,11 @@ pub fn small_root(to: &Path) {
     file("etc/dhcp", 0o755, DHCP);
     file("etc/hello", 0o644, "hello from the flist\n");
     file("www/index.html", 0o644, "served\n");
-    file("boot/boot.yaml", 0o644, "kernel: /boot/vmlinuz\ncmdline: console=ttyS0 quiet cryptomgr.notests\n");
+    file(
+        "boot/boot.yaml",
+        0o644,
+        "kernel: /boot/vmlinuz\ncmdline: console=ttyS0 quiet cryptomgr.notests\n",
+    );
     // More than one block, and something to read that no start needs.
     let big: Vec<u8> =
         (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();

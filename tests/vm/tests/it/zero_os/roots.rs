@@ -164,7 +164,8 @@ fn files_are_put_in_before_it_boots_case_19() {
     let complaint = refused(&lab, &flist, &[]);
     assert!(complaint.contains("failed to open boot/boot.yaml"), "{complaint}");
     let yaml = lab.home().join("boot.yaml");
-    fs::write(&yaml, "kernel: boot/../boot/link\ncmdline: console=ttyS0 quiet cryptomgr.notests\n").unwrap();
+    fs::write(&yaml, "kernel: boot/../boot/link\ncmdline: console=ttyS0 quiet cryptomgr.notests\n")
+        .unwrap();
     let hello = lab.home().join("hello");
     fs::write(&hello, "hello from the host\n").unwrap();
     let boot = format!("/boot/boot.yaml={}", yaml.display());
