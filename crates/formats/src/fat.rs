@@ -1,6 +1,7 @@
-//! Writes small FAT16 volumes with files in their root, under long names: what cloud-init looks
-//! for on a disk labelled CIDATA. Deterministic; writes only, reads nothing.
+//! Writes small FAT16 volumes: what cloud-init looks for on a disk labelled CIDATA, and what UEFI
+//! firmware boots from. Deterministic; writes only, reads nothing.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
 const SECTOR: usize = 512;
@@ -16,50 +17,112 @@ const CLUSTERS: usize =
 /// 1980-01-01: the earliest day that there is.
 const DAY: [u8; 2] = [0x21, 0];
 
-/// Writes a volume of 16 MiB. Names are ASCII, at most 26 characters and differ in their first six.
+/// Bytes of every volume.
+pub const SIZE: u64 = (SECTORS * SECTOR) as u64;
+
+/// Writes a volume of 16 MiB. A file's path has its folders before it, each named once with all
+/// that is in it. Names are ASCII, at most 26 characters and differ in their first six.
 pub fn write(mut out: impl Write, label: &str, files: &[(&str, &[u8])]) -> io::Result<()> {
-    let wanted: usize = files.iter().map(|(_, bytes)| bytes.len().div_ceil(CLUSTER)).sum();
+    let mut volume = Volume { table: vec![0xfff8, 0xffff], contents: Vec::new() };
+    let paths: Vec<(&str, &[u8])> = files.to_vec();
+    let mut root = short_entry(&padded(label, 11), 0x08, 0, 0);
+    root.extend(volume.folder(&paths, None)?);
+    let wanted = volume.table.len() - 2;
     if wanted > CLUSTERS {
         let why = format!("{wanted} clusters of files do not fit in {CLUSTERS}");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    let mut table = vec![0_u8; FAT_SECTORS * SECTOR];
-    let mut root = Vec::new();
-    let mut entry = |cluster: usize, value: u16| {
-        table[cluster * 2..cluster * 2 + 2].copy_from_slice(&value.to_le_bytes());
-    };
-    entry(0, 0xfff8);
-    entry(1, 0xffff);
-    root.extend(short_entry(&padded(label, 11), 0x08, 0, 0));
-    let mut next = 2;
-    for (name, bytes) in files {
-        let clusters = bytes.len().div_ceil(CLUSTER);
-        let first = if clusters == 0 { 0 } else { next };
-        for i in 0..clusters {
-            let last = i + 1 == clusters;
-            entry(next + i, if last { 0xffff } else { (next + i + 1) as u16 });
-        }
-        next += clusters;
-        let short = alias(name);
-        root.extend(long_entries(name, checksum(&short)));
-        root.extend(short_entry(&short, 0x20, first as u16, bytes.len() as u32));
     }
     if root.len() > ROOT_ENTRIES * ENTRY {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many files"));
     }
     root.resize(ROOT_ENTRIES * ENTRY, 0);
+    let mut table: Vec<u8> = volume.table.iter().flat_map(|n| n.to_le_bytes()).collect();
+    table.resize(FAT_SECTORS * SECTOR, 0);
     out.write_all(&boot_sector(label))?;
     out.write_all(&table)?;
     out.write_all(&table)?;
     out.write_all(&root)?;
     let mut written = 1 + 2 * FAT_SECTORS + ROOT_ENTRIES * ENTRY / SECTOR;
-    for (_, bytes) in files {
-        out.write_all(bytes)?;
+    volume.contents.sort_by_key(|(cluster, _)| *cluster);
+    for (_, bytes) in volume.contents {
+        out.write_all(&bytes)?;
         out.write_all(&vec![0; bytes.len().next_multiple_of(CLUSTER) - bytes.len()])?;
         written += bytes.len().div_ceil(CLUSTER) * PER_CLUSTER;
     }
     let rest = vec![0; SECTOR];
     (written..SECTORS).try_for_each(|_| out.write_all(&rest))
+}
+
+struct Volume<'a> {
+    /// For each cluster the one after it.
+    table: Vec<u16>,
+    /// What begins at a cluster.
+    contents: Vec<(u16, Cow<'a, [u8]>)>,
+}
+
+impl<'a> Volume<'a> {
+    /// Takes clusters for so many bytes; none for none.
+    fn take(&mut self, bytes: usize) -> u16 {
+        let (first, count) = (self.table.len(), bytes.div_ceil(CLUSTER));
+        self.table.extend((1..count).map(|i| (first + i) as u16));
+        self.table.extend((count > 0).then_some(0xffff));
+        if count > 0 { first as u16 } else { 0 }
+    }
+
+    /// The entries of a folder, whose own cluster and whose parent's are told unless it is the
+    /// root.
+    fn folder(
+        &mut self,
+        files: &[(&str, &'a [u8])],
+        own: Option<(u16, u16)>,
+    ) -> io::Result<Vec<u8>> {
+        let mut entries = Vec::new();
+        if let Some((own, parent)) = own {
+            entries.extend(short_entry(b".          ", 0x10, own, 0));
+            entries.extend(short_entry(b"..         ", 0x10, parent, 0));
+        }
+        let mut rest = files;
+        while let Some((path, bytes)) = rest.first() {
+            let Some((name, _)) = path.split_once('/') else {
+                let first = self.take(bytes.len());
+                self.contents.push((first, Cow::Borrowed(bytes)));
+                entries.extend(named(path, 0x20, first, bytes.len() as u32));
+                rest = &rest[1..];
+                continue;
+            };
+            let below = |path: &str| path.strip_prefix(name).is_some_and(|p| p.starts_with('/'));
+            let count = rest.iter().take_while(|(path, _)| below(path)).count();
+            let inner: Vec<(&str, &[u8])> = rest[..count]
+                .iter()
+                .map(|(path, bytes)| (&path[name.len() + 1..], *bytes))
+                .collect();
+            let cluster = self.take(CLUSTER);
+            let content = self.folder(&inner, Some((cluster, own.map_or(0, |(own, _)| own))))?;
+            if content.len() > CLUSTER {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many files"));
+            }
+            self.contents.push((cluster, Cow::Owned(content)));
+            entries.extend(named(name, 0x10, cluster, 0));
+            rest = &rest[count..];
+        }
+        Ok(entries)
+    }
+}
+
+/// Everything that names a file: its short name alone where it is one.
+fn named(name: &str, attributes: u8, cluster: u16, size: u32) -> Vec<u8> {
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    let fits = |part: &str, length| {
+        part.len() <= length && part.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
+    };
+    if !stem.is_empty() && fits(stem, 8) && fits(extension, 3) {
+        let short = [padded(stem, 8), padded(extension, 3)].concat();
+        return short_entry(&short, attributes, cluster, size);
+    }
+    let short = alias(name);
+    let mut entries = long_entries(name, checksum(&short));
+    entries.extend(short_entry(&short, attributes, cluster, size));
+    entries
 }
 
 fn padded(text: &str, length: usize) -> Vec<u8> {

@@ -5,6 +5,7 @@ pub mod cpio;
 pub mod ext4;
 pub mod fat;
 pub mod flist;
+pub mod gpt;
 pub mod iso9660;
 pub mod kernel;
 pub mod mdata;
