@@ -2,5 +2,6 @@
 
 pub mod flist;
 pub mod grammar;
+pub mod image;
 pub mod render;
 pub mod wire;

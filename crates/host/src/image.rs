@@ -1,8 +1,10 @@
 //! Images: names for content. Blobs are stored by their SHA-256; a manifest says how they boot.
 
 pub mod build;
+mod debian;
 pub mod kernel;
 pub mod layer;
+pub mod matrix;
 pub mod recipe;
 pub mod store;
 

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{CommandFactory, Parser};
 use lodge_doors::native::grammar::{
-    Assets, Cli, Image, MachineFlags, Output, Plan, Run, Set, Until, Verb, disk_or_size, nic_on,
+    Assets, Cli, MachineFlags, Output, Plan, Run, Set, Until, Verb, disk_or_size, nic_on,
 };
+use lodge_doors::native::image::Image;
 use lodge_doors::native::render;
 use lodge_doors::native::wire::Client;
 use lodge_host::paths::Paths;
@@ -36,9 +37,7 @@ pub(crate) fn main() -> Result<ExitCode> {
         Verb::Cluster(verb) => return xcluster::native::cluster(verb),
         Verb::Flist(verb) => return crate::flist::carry_out(verb),
         Verb::Kernel(verb) => return xcluster::native::kernel(verb),
-        Verb::Image(Image::Make { folder, file, size, format }) => {
-            return xcluster::native::folder(folder, file, size.as_deref(), format);
-        }
+        Verb::Image(Image::Here(verb)) => return crate::image::carry_out(verb),
         Verb::Image(Image::Inspect { name }) if name.contains('/') => {
             return print_json(&xcluster::native::layers(name)?);
         }
@@ -413,7 +412,7 @@ impl Session {
                 let manifest = self.document(Request::ImageAdd { path, name }).await?;
                 return self.show_images(json!([manifest]));
             }
-            Image::Make { .. } => unreachable!("needs no daemon"),
+            Image::Here(_) => unreachable!("needs no daemon"),
             Image::Ls => {
                 let list = self.document(Request::ImageList).await?;
                 return self.show_images(list);

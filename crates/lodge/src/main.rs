@@ -8,6 +8,7 @@ mod console;
 mod daemon;
 mod doctor;
 mod flist;
+mod image;
 mod otlp;
 mod plan;
 mod settings;

@@ -3,8 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 use std::sync::Arc;
 
 use lodge_formats::ext4;
@@ -13,12 +12,10 @@ use lodge_machine::store::now_us;
 use lodge_spec::names::ImageName;
 use lodge_spec::request::Refusal;
 use sha2::{Digest as _, Sha256};
-use tokio::io::{AsyncBufReadExt, BufReader as AsyncBufReader};
 
+use super::debian::{self, Contents, Suite};
 use super::store::{Images, hex};
 use super::{Blob, Disk, Manifest, recipe};
-use crate::paths::find_program;
-use crate::proc::Tool;
 
 /// Size of an image where nobody says.
 pub const DEFAULT_SIZE: u64 = 2_000_000_000 / 4096 * 4096;
@@ -43,21 +40,26 @@ impl Images {
             let message = format!("there is no recipe for {name}; there is one for {known}");
             return Err(Refusal::invalid("name", message));
         }
-        let sound = |p: &String| {
-            !p.is_empty()
-                && p.bytes()
-                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
-        };
-        if let Some(odd) = packages.iter().find(|p| !sound(p)) {
+        if let Some(odd) = packages.iter().find(|p| !debian::is_package(p)) {
             return Err(Refusal::invalid("packages", format!("{odd:?} is not a package name")));
         }
         let size = size.unwrap_or(DEFAULT_SIZE) / 4096 * 4096;
         let work = tempfile::Builder::new().prefix("build-").tempdir_in(self.paths.cache());
         let work = work.map_err(Refusal::failed)?;
         let tree = work.path().join("tree.tar");
-        self.bootstrap(work.path(), &tree, packages, &tell).await?;
-        let (own, name, blobs) = (self.clone(), name.clone(), tell.clone());
+        let suite = Suite { name: recipe::SUITE, ..Suite::default() };
         let list = recipe::packages(packages);
+        let parts = |all: &[recipe::Overlay]| all.iter().map(debian::File::from).collect();
+        let contents = Contents {
+            packages: list.iter().map(|p| (*p).to_owned()).collect(),
+            early: parts(recipe::EARLY),
+            late: parts(recipe::LATE),
+            links: recipe::LINKS.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect(),
+            ..Contents::default()
+        };
+        let make = debian::Make { suite: &suite, contents: &contents, cache: None, log: None };
+        make.tree(work.path(), &tree, &tell).await.map_err(Refusal::failed)?;
+        let (own, name, blobs) = (self.clone(), name.clone(), tell.clone());
         let made_from = format!("Debian {} packages: {}", recipe::SUITE, list.join(" "));
         let made = move || own.assemble(&tree, size, &blobs);
         let made = tokio::task::spawn_blocking(made).await.map_err(Refusal::failed)?;
@@ -80,72 +82,6 @@ impl Images {
         // The first start finds its kernel unpacked; one that cannot be boots as it is.
         let _ = super::kernel::unpack(&kernel_path, &self.paths.cache());
         Ok(manifest)
-    }
-
-    async fn bootstrap(
-        &self,
-        work: &Path,
-        tree: &Path,
-        packages: &[String],
-        tell: &Tell,
-    ) -> Result<(), Refusal> {
-        let program = find_program("mmdebstrap").ok_or_else(|| {
-            Refusal::failed("mmdebstrap is not installed; `apt-get install mmdebstrap` adds it")
-        })?;
-        let (early, late) = (work.join("early.tar"), work.join("late.tar"));
-        write_overlay(&early, recipe::EARLY, &[]).map_err(Refusal::failed)?;
-        write_overlay(&late, recipe::LATE, recipe::LINKS).map_err(Refusal::failed)?;
-        let all = recipe::packages(packages);
-        // Its mounts are in a namespace that ends with it, and its tree is in our scratch; without
-        // root it makes a namespace itself, in which our scratch is not its own.
-        let root = rustix::process::geteuid().is_root();
-        let mode = if root { "root" } else { "unshare" };
-        let tool = match root {
-            true => Tool::new("/usr/bin/unshare").arg("--mount").arg(program).env("TMPDIR", work),
-            false => Tool::new(program),
-        };
-        let tool = tool
-            .args([&format!("--mode={mode}"), "--variant=minbase", "--format=tar"])
-            .arg(format!("--include={}", all.join(",")))
-            .args(["--aptopt=Acquire::Languages \"none\"", "--aptopt=Acquire::Retries \"3\""])
-            .args(["doc", "man", "locale", "info"].map(|d| format!("--dpkgopt=path-exclude=/usr/share/{d}/*")))
-            .arg(format!("--essential-hook=tar-in {} /", early.display()))
-            .arg(format!("--customize-hook=tar-in {} /", late.display()))
-            .arg("--customize-hook=chroot \"$1\" sh -c 'rm -f /etc/ssh/ssh_host_* /var/log/*.log /var/log/apt/* /var/cache/ldconfig/aux-cache'")
-            .arg(recipe::SUITE)
-            .arg(tree)
-            .env("SOURCE_DATE_EPOCH", "1700000000");
-        let mut command = tool.command();
-        for proxy in ["http_proxy", "https_proxy", "no_proxy"] {
-            if let Some(value) = std::env::var_os(proxy) {
-                command.env(proxy, value);
-            }
-        }
-        // A group of its own: when it fails, it ends its whole group.
-        command.process_group(0);
-        command.stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|e| Refusal::failed(tool.start_error(e)))?;
-        let group = Group(child.id());
-        let mut lines = AsyncBufReader::new(child.stderr.take().expect("piped")).lines();
-        let mut last = Vec::new();
-        while let Ok(Some(line)) = lines.next_line().await {
-            if let Some(step) = line.strip_prefix("I: ") {
-                // Its own scratch and hooks are nobody's business.
-                if !step.contains(['/', '\'']) {
-                    tell(step.trim_end_matches("..."), 0, 0);
-                }
-            } else {
-                last.push(line);
-                let excess = last.len().saturating_sub(8);
-                last.drain(..excess);
-            }
-        }
-        let status = child.wait().await.map_err(|e| Refusal::failed(tool.start_error(e)))?;
-        drop(group);
-        match status.success() {
-            true => Ok(()),
-            false => Err(Refusal::failed(format!("mmdebstrap failed: {}", last.join("; ")))),
-        }
     }
 
     /// From the tree to the three blobs.
@@ -192,20 +128,6 @@ impl Images {
     }
 }
 
-/// A process group that ends with whoever holds this: a build that is given up leaves nobody at
-/// work in its tree.
-struct Group(Option<u32>);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        use rustix::process::{Pid, Signal, kill_process_group};
-        if let Some(group) = self.0.and_then(|pid| Pid::from_raw(pid as i32)) {
-            // Empty already where the build has ended as it should.
-            let _ = kill_process_group(group, Signal::KILL);
-        }
-    }
-}
-
 /// What a tree boots with.
 #[derive(Default)]
 struct Boots {
@@ -234,28 +156,4 @@ fn pick(tree: &Path) -> io::Result<Boots> {
         *slot = Some(bytes);
     }
     Ok(found)
-}
-
-fn write_overlay(
-    path: &PathBuf,
-    files: &[recipe::Overlay],
-    links: &[(&str, &str)],
-) -> io::Result<()> {
-    let mut tar = tar::Builder::new(File::create(path)?);
-    let header = |kind, mode, size| {
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(kind);
-        header.set_mode(mode);
-        header.set_size(size);
-        header.set_mtime(1_700_000_000);
-        header
-    };
-    for (name, mode, content) in files {
-        let mut header = header(tar::EntryType::Regular, *mode, content.len() as u64);
-        tar.append_data(&mut header, name, content.as_bytes())?;
-    }
-    for (name, target) in links {
-        tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), name, target)?;
-    }
-    tar.into_inner()?.flush()
 }
