@@ -106,6 +106,10 @@ pub enum Step {
         files: usize,
     },
     /// What the guest may read over its second serial port, for the warden.
+    /// The script that the guest is served.
+    Bootstrap {
+        path: PathBuf,
+    },
     Mdata {
         path: PathBuf,
     },
@@ -151,6 +155,7 @@ impl fmt::Display for Step {
                 write!(f, "disk {} with {files} files", path.display())
             }
             Step::Mdata { path } => write!(f, "metadata {}", path.display()),
+            Step::Bootstrap { path } => write!(f, "first-boot script {}", path.display()),
             Step::Cidata { path } => write!(f, "disk {} for cloud-init", path.display()),
             Step::VncPassword { path, .. } => write!(f, "screen password {}", path.display()),
         }
@@ -171,6 +176,9 @@ pub struct WardenPlan {
     pub ports: Vec<Forward>,
     pub screen: Option<Screen>,
     pub mdata: Option<MdataEnd>,
+    /// What the guest is served for its first boot.
+    #[serde(default)]
+    pub bootstrap: BootstrapEnd,
     /// A root that a process serves.
     #[serde(default)]
     pub root: Option<RootServer>,
@@ -223,6 +231,28 @@ pub struct MdataEnd {
 impl MdataEnd {
     pub fn file(run: &std::path::Path) -> PathBuf {
         run.join("mdata.json")
+    }
+}
+
+/// What a guest finds where scripts for the first boot are looked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootstrapEnd {
+    /// There may be no such file.
+    pub script: PathBuf,
+    /// A run without a script counts.
+    pub require: bool,
+    /// Folder of what the guest sends.
+    pub uploads: PathBuf,
+}
+
+impl BootstrapEnd {
+    pub fn file(run: &std::path::Path) -> PathBuf {
+        run.join("vm-bootstrap")
+    }
+
+    pub fn of(machine: &Machine, run: &std::path::Path, state: &std::path::Path) -> Self {
+        let require = machine.bootstrap.as_ref().is_some_and(|bootstrap| bootstrap.require);
+        Self { script: Self::file(run), require, uploads: state.join("uploads") }
     }
 }
 

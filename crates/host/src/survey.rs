@@ -10,7 +10,9 @@ use lodge_spec::machine::{Boot, Disk, DiskSource, FileContent, Machine};
 use lodge_spec::names::{ImageName, MachineId};
 use lodge_spec::problem::{Problem, Problems};
 
-use crate::backend::{BootFiles, DiskFiles, DiskFormat, Layer, MdataEnd, NicPlace, Step, Survey};
+use crate::backend::{
+    BootFiles, BootstrapEnd, DiskFiles, DiskFormat, Layer, MdataEnd, NicPlace, Step, Survey,
+};
 use crate::flist::root::Root;
 use crate::image::store::Images;
 use crate::image::{Manifest, kernel, layer};
@@ -282,6 +284,9 @@ fn extra_steps(machine: &Machine, run: &Path, owner: u32, steps: &mut Vec<Step>)
     if machine.mdata.is_some() {
         steps.push(Step::Mdata { path: MdataEnd::file(run) });
     }
+    if machine.bootstrap.as_ref().is_some_and(|bootstrap| bootstrap.script.is_some()) {
+        steps.push(Step::Bootstrap { path: BootstrapEnd::file(run) });
+    }
     if !machine.cidata.is_empty() {
         steps.push(Step::Cidata { path: run.join("cidata.img") });
     }
@@ -341,12 +346,15 @@ fn check_paths(p: &mut Problems, machine: &Machine) {
             p.0.push(Problem::new(format!("shares[{i}].source"), what));
         }
     }
-    for (i, file) in machine.files.iter().enumerate() {
-        if let FileContent::Source(path) = &file.content
-            && let Err(why) = fs::File::open(path)
+    let files = machine.files.iter().enumerate();
+    let files = files.map(|(i, file)| (format!("files[{i}].source"), &file.content));
+    let script = machine.bootstrap.as_ref().and_then(|bootstrap| bootstrap.script.as_ref());
+    let script = script.map(|script| ("bootstrap.source".to_owned(), script));
+    for (field, content) in files.chain(script) {
+        if let FileContent::Source(path) = content
+            && let Err(why) = readable(path)
         {
-            let what = format!("{}: {why}", path.display());
-            p.0.push(Problem::new(format!("files[{i}].source"), what));
+            p.0.push(Problem::new(field, why));
         }
     }
 }

@@ -2,6 +2,7 @@
 //! forwarded ports and the exit status whatever becomes of the daemon. Carries out one
 //! `WardenPlan`; decides nothing.
 
+mod bootstrap;
 pub mod console;
 mod forward;
 mod mdata;

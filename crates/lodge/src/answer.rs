@@ -288,6 +288,7 @@ impl Answer {
                     "machine": record.machine.to_draft(),
                     "life": record.life,
                     "runs": runs,
+                    "bootstrap": record.bootstrap,
                 })
             }
             Found::Broken(broken) => json!({

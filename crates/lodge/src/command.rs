@@ -531,6 +531,7 @@ fn condition(until: Until) -> Option<Condition> {
         Until::Running => Some(Condition::Running),
         Until::Ready => Some(Condition::Ready),
         Until::Stopped => Some(Condition::Stopped),
+        Until::Bootstrap => Some(Condition::Bootstrap),
         Until::None => None,
     }
 }

@@ -8,6 +8,7 @@ use lodge_spec::machine::{Accel, BackendKind, Machine};
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::Problems;
 use lodge_spec::request::Change;
+use lodge_spec::state::Bootstrap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -54,6 +55,8 @@ pub enum Report {
     Seen(Seen),
     Mark(Box<Mark>),
     Wrote(Box<Wrote>),
+    /// How far the guest's setting up has come.
+    Bootstrap(Box<Bootstrap>),
 }
 
 /// Where reports about one machine go. Never blocks; reports after the machine is gone are lost.

@@ -186,7 +186,14 @@ impl<H: Host> Keeper<H> {
         self.host.settle(&machine).await.map_err(Refusal::failed)?;
         let now = now_us();
         let life = Life::new();
-        let record = Record { created_us: now, modified_us: now, machine, life, running: None };
+        let record = Record {
+            created_us: now,
+            modified_us: now,
+            machine,
+            life,
+            running: None,
+            bootstrap: None,
+        };
         let row = Row {
             id: record.machine.id.to_string(),
             name: record.machine.name.to_string(),
@@ -473,6 +480,7 @@ impl<H: Host> Keeper<H> {
                         Condition::Running => "running",
                         Condition::Ready => "ready",
                         Condition::Stopped => "stopped",
+                        Condition::Bootstrap => "set up",
                     };
                     let seconds = limit.as_secs();
                     return Err(Refusal::Timeout { name, what: what.into(), seconds });
@@ -557,6 +565,7 @@ pub fn detail(record: &Record) -> Detail {
         pid: running.map_or(0, |r| r.pid),
         origin: record.machine.origin.clone(),
         mdata: record.machine.mdata.as_deref().map(Mdata::told),
+        bootstrap: record.bootstrap.clone(),
     }
 }
 

@@ -5,6 +5,7 @@ use lodge_spec::draft::Draft;
 use lodge_spec::machine::Machine;
 use lodge_spec::names::MachineId;
 use lodge_spec::resolve::{Defaults, resolve};
+use lodge_spec::state::Bootstrap;
 use serde::{Deserialize, Serialize};
 
 use crate::host::Running;
@@ -21,6 +22,8 @@ struct RecordV1 {
     machine: Draft,
     life: Life,
     running: Option<Running>,
+    #[serde(default)]
+    bootstrap: Option<Bootstrap>,
 }
 
 /// Everything that outlives the daemon about one machine.
@@ -32,11 +35,13 @@ pub struct Record {
     pub machine: Machine,
     pub life: Life,
     pub running: Option<Running>,
+    /// What its guest has told of its setting up.
+    pub bootstrap: Option<Bootstrap>,
 }
 
 impl Record {
     pub fn to_text(&self) -> String {
-        let Record { created_us, modified_us, machine, life, running } = self;
+        let Record { created_us, modified_us, machine, life, running, bootstrap } = self;
         let record = RecordV1 {
             version: VERSION,
             created_us: *created_us,
@@ -44,13 +49,14 @@ impl Record {
             machine: machine.to_draft(),
             life: life.clone(),
             running: running.clone(),
+            bootstrap: bootstrap.clone(),
         };
         serde_json::to_string(&record).expect("a record is plain JSON")
     }
 
     /// The error says what is wrong with the text.
     pub fn from_text(id: MachineId, text: &str) -> Result<Self, String> {
-        let RecordV1 { version, created_us, modified_us, machine, life, running } =
+        let RecordV1 { version, created_us, modified_us, machine, life, running, bootstrap } =
             serde_json::from_str(text).map_err(|e| format!("the record is unreadable: {e}"))?;
         if version != VERSION {
             return Err(format!("the record has version {version}; this program knows {VERSION}"));
@@ -61,6 +67,6 @@ impl Record {
             return Err(format!("the record of {id} describes {}", machine.id));
         }
         let modified_us = modified_us.max(created_us);
-        Ok(Self { created_us, modified_us, machine, life, running })
+        Ok(Self { created_us, modified_us, machine, life, running, bootstrap })
     }
 }

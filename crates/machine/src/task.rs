@@ -7,7 +7,7 @@ use std::time::Duration;
 use lodge_spec::draft::Scalar;
 use lodge_spec::machine::{Boot, Machine};
 use lodge_spec::request::{Change, Refusal};
-use lodge_spec::state::{Event, State};
+use lodge_spec::state::{Bootstrap, Event, State};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::host::{Command, Found, Host, Mark, Report, Running, Sink, Wrote};
@@ -102,6 +102,10 @@ impl<H: Host> Task<H> {
                     }
                     Report::Wrote(wrote) => {
                         Box::pin(self.wrote(*wrote)).await;
+                        false
+                    }
+                    Report::Bootstrap(told) => {
+                        Box::pin(self.set_up(*told)).await;
                         false
                     }
                 },
@@ -328,6 +332,23 @@ impl<H: Host> Task<H> {
         self.publish(false);
         // Fails only where the hypervisor is just ending.
         let _ = self.host.refresh(self.machine()).await;
+    }
+
+    /// The guest has told how far its setting up has come.
+    async fn set_up(&mut self, told: Bootstrap) {
+        let known = self.record.bootstrap.as_ref();
+        if known == Some(&told) {
+            return;
+        }
+        let Bootstrap { stage, runs, limit, exit, .. } = &told;
+        let exit = exit.map(|exit| format!(", exit status {exit}")).unwrap_or_default();
+        let detail = format!("run {runs} of {limit} {stage}{exit}");
+        Arc::make_mut(&mut self.record).bootstrap = Some(told);
+        if let Err(error) = self.persist(vec![("bootstrap".into(), detail)]).await {
+            let detail = error.to_string();
+            return self.note(Mark { kind: "error".into(), detail, at_us: None }).await;
+        }
+        self.publish(false);
     }
 
     async fn forget(&mut self) -> Result<(), StoreError> {

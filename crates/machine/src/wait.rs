@@ -2,7 +2,7 @@
 //! not get there. Pure looks at what is published.
 
 use lodge_spec::request::{Condition, Refusal};
-use lodge_spec::state::State;
+use lodge_spec::state::{Stage, State};
 
 use crate::life::{Life, Verb};
 use crate::task::Published;
@@ -60,6 +60,20 @@ pub(crate) fn holds(condition: Condition, published: &Published) -> Option<Resul
         Condition::Stopped => None,
         Condition::Running if matches!(life.state, State::Running | State::Paused) => Some(Ok(())),
         Condition::Ready if life.ready => Some(Ok(())),
+        Condition::Bootstrap => match &published.record.bootstrap {
+            Some(told) if told.stage == Stage::Succeeded => Some(Ok(())),
+            Some(told) if told.stage == Stage::GivenUp => Some(Err(Refusal::Failed {
+                message: match told.exit {
+                    Some(exit) => format!(
+                        "the script of {name} has failed {} times; its last exit status was {exit}",
+                        told.runs
+                    ),
+                    None => format!("the script of {name} was cut off {} times", told.runs),
+                },
+            })),
+            Some(_) | None if resting => gave_up(name, life),
+            Some(_) | None => None,
+        },
         Condition::Running | Condition::Ready if resting => gave_up(name, life),
         Condition::Running | Condition::Ready => None,
     }

@@ -105,6 +105,10 @@ pub struct Draft {
     /// `user-data`, `network-config`, `vendor-data`. No such disk when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cidata: Option<BTreeMap<String, String>>,
+    /// A script that the guest finds at <http://10.0.2.100/vm-bootstrap>, for images that set
+    /// themselves up at first boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bootstrap: Option<BootstrapDraft>,
     /// A folder of the machine's own, for media: `own:/NAME` is a file in it. False when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own_folder: Option<bool>,
@@ -487,6 +491,21 @@ pub struct SmbiosDraft {
     pub sku: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(inline)]
+pub struct BootstrapDraft {
+    /// A host file, read whenever the machine starts. Or `content`; neither: there is no script.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// The script itself, at most 1 MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+    /// Without a script the guest fails instead of waiting for one. False when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub require: Option<bool>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -6,8 +6,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Component, Path, PathBuf};
 
-use crate::draft::{DisplayDraft, GuardDraft, MdataDraft, Scalar, SmbiosDraft};
-use crate::machine::{Machine, Segment, Subnet};
+use crate::draft::{BootstrapDraft, DisplayDraft, GuardDraft, MdataDraft, Scalar, SmbiosDraft};
+use crate::machine::{FileContent, Machine, Segment, Subnet};
 use crate::problem::Problems;
 use crate::resolve::parse;
 use crate::words;
@@ -199,6 +199,22 @@ impl Guard {
     }
 }
 
+/// What a guest is served for its first boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bootstrap {
+    pub script: Option<FileContent>,
+    /// A run without a script counts.
+    pub require: bool,
+}
+
+impl Bootstrap {
+    pub(crate) fn to_draft(&self) -> BootstrapDraft {
+        let Self { script, require } = self;
+        let (source, content) = script.as_ref().map(FileContent::to_draft).unwrap_or_default();
+        BootstrapDraft { source, content, require: Some(*require) }
+    }
+}
+
 pub(crate) fn resolve_display(p: &mut Problems, draft: DisplayDraft) -> Option<Display> {
     let DisplayDraft { vga, listen, address, port, password } = draft;
     let vga = parse(p, "display.vga", vga).unwrap_or(Vga::Std);
@@ -233,6 +249,16 @@ pub(crate) fn resolve_smbios(p: &mut Problems, draft: SmbiosDraft) -> Smbios {
         sku: text("sku", sku),
         family: text("family", family),
     }
+}
+
+pub(crate) fn resolve_bootstrap(p: &mut Problems, draft: BootstrapDraft) -> Option<Bootstrap> {
+    let BootstrapDraft { source, content, require } = draft;
+    if source.is_some() && content.is_some() {
+        p.add("bootstrap", "a script is either `source` or `content`");
+        return None;
+    }
+    let script = crate::resolve::file_content(p, "bootstrap", source, content);
+    Some(Bootstrap { script, require: require.unwrap_or(false) })
 }
 
 pub(crate) fn resolve_mdata(p: &mut Problems, draft: MdataDraft) -> Mdata {

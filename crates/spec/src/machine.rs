@@ -11,7 +11,7 @@ use crate::draft::{
     MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
     RestartFields, Scalar, ShareDraft, Size,
 };
-use crate::extras::{self, Display, Guard, Lease, Mdata, Smbios};
+use crate::extras::{self, Bootstrap, Display, Guard, Lease, Mdata, Smbios};
 use crate::flist::Flist;
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::units::Bytes;
@@ -49,6 +49,7 @@ pub struct Machine {
     pub mdata: Option<Box<Mdata>>,
     /// Files for cloud-init on a disk of their own; none where it is empty.
     pub cidata: BTreeMap<String, String>,
+    pub bootstrap: Option<Box<Bootstrap>>,
     /// It has a folder of its own for media.
     pub own_folder: bool,
     pub origin: Option<Origin>,
@@ -359,6 +360,7 @@ impl Machine {
             smbios,
             mdata,
             cidata,
+            bootstrap,
             own_folder,
             origin,
         } = self;
@@ -432,6 +434,7 @@ impl Machine {
             smbios: smbios.as_deref().map(Smbios::to_draft),
             mdata: mdata.as_deref().map(Mdata::to_draft),
             cidata: Some(cidata.clone()).filter(|files| !files.is_empty()),
+            bootstrap: bootstrap.as_deref().map(Bootstrap::to_draft),
             own_folder: Some(*own_folder),
             origin: origin.as_ref().map(|Origin { door, id, owner, document }| OriginDraft {
                 door: Some(door.clone()),
@@ -563,9 +566,16 @@ fn share_to_draft(share: &Share) -> ShareDraft {
 
 fn file_to_draft(file: &GuestFile) -> FileDraft {
     let GuestFile { path, content, mode } = file;
-    let (source, content) = match content {
-        FileContent::Text(text) => (None, Some(text.clone())),
-        FileContent::Source(source) => (Some(path_text(source)), None),
-    };
+    let (source, content) = content.to_draft();
     FileDraft { path: Some(path.clone()), source, content, mode: Some(format!("{mode:04o}")) }
+}
+
+impl FileContent {
+    /// Either of `source` and `content`.
+    pub(crate) fn to_draft(&self) -> (Option<String>, Option<String>) {
+        match self {
+            FileContent::Text(text) => (None, Some(text.clone())),
+            FileContent::Source(source) => (Some(path_text(source)), None),
+        }
+    }
 }

@@ -272,6 +272,8 @@ pub enum Condition {
     Running,
     Ready,
     Stopped,
+    /// The script that sets the guest up has succeeded.
+    Bootstrap,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -72,6 +72,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         smbios,
         mdata,
         cidata,
+        bootstrap,
         own_folder,
         origin,
     } = draft;
@@ -151,6 +152,7 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
         smbios: smbios.map(|s| Box::new(extras::resolve_smbios(&mut p, s))),
         mdata: mdata.map(|m| Box::new(extras::resolve_mdata(&mut p, m))),
         cidata: cidata.map(|files| extras::resolve_cidata(&mut p, files)).unwrap_or_default(),
+        bootstrap: bootstrap.and_then(|b| extras::resolve_bootstrap(&mut p, b)).map(Box::new),
         own_folder: own_folder.unwrap_or(false),
         origin: origin.and_then(|o| resolve_origin(&mut p, o)),
     };
@@ -463,20 +465,34 @@ fn resolve_file(p: &mut Problems, i: usize, draft: FileDraft) -> Option<GuestFil
     if !sound {
         p.add(at("path"), format!("{path:?} is not an absolute path of a file in the guest"));
     }
-    let content = match (source, content) {
-        (Some(source), None) => FileContent::Source(host_path(p, &at("source"), source)),
-        (None, Some(text)) => {
-            if text.len() > MAX_FILE {
-                p.add(at("content"), "a file given as text has at most 1 MiB; use `source`");
-            }
-            FileContent::Text(text)
-        }
-        (Some(_), Some(_)) | (None, None) => {
-            p.add(format!("files[{i}]"), "a file needs either `source` or `content`");
-            return None;
-        }
+    let content = file_content(p, &format!("files[{i}]"), source, content);
+    let Some(content) = content else {
+        p.add(format!("files[{i}]"), "a file needs either `source` or `content`");
+        return None;
     };
     Some(GuestFile { path, content, mode })
+}
+
+/// `None`: there are both, or neither.
+pub(crate) fn file_content(
+    p: &mut Problems,
+    path: &str,
+    source: Option<String>,
+    content: Option<String>,
+) -> Option<FileContent> {
+    match (source, content) {
+        (Some(source), None) => {
+            Some(FileContent::Source(host_path(p, &format!("{path}.source"), source)))
+        }
+        (None, Some(text)) => {
+            if text.len() > MAX_FILE {
+                let what = "a file given as text has at most 1 MiB; use `source`";
+                p.add(format!("{path}.content"), what);
+            }
+            Some(FileContent::Text(text))
+        }
+        (Some(_), Some(_)) | (None, None) => None,
+    }
 }
 
 fn parse_ready(text: &str) -> Result<Readiness, String> {

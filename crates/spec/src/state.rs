@@ -92,6 +92,32 @@ pub struct Detail {
     pub origin: Option<Origin>,
     /// What its guest may read and write, where it may.
     pub mdata: Option<MdataDraft>,
+    pub bootstrap: Option<Bootstrap>,
+}
+
+crate::words!(
+    /// How far a guest's setting up has come.
+    Stage {
+        Running = "running",
+        Failed = "failed",
+        Succeeded = "succeeded",
+        GivenUp = "given-up",
+    }
+);
+
+/// What a guest has told of the script that sets it up; the stable JSON shape of `bootstrap` in
+/// `lodge inspect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bootstrap {
+    /// `running`, `failed` (it will run again), `succeeded` or `given-up`.
+    pub stage: Stage,
+    pub runs: u32,
+    /// How many runs there may be.
+    pub limit: u32,
+    /// The last exit status.
+    pub exit: Option<i32>,
+    /// The end of the guest's log.
+    pub log: String,
 }
 
 /// What a running machine uses. Counters are since its start; all zero where it does not run.

@@ -136,8 +136,9 @@ impl<C: Control> Door<C> {
             "running" => Condition::Running,
             "ready" => Condition::Ready,
             "stopped" => Condition::Stopped,
+            "bootstrap" => Condition::Bootstrap,
             other => {
-                let what = format!("until: {other:?} is not running, ready or stopped");
+                let what = format!("until: {other:?} is not running, ready, stopped or bootstrap");
                 return Err(invalid(what));
             }
         };

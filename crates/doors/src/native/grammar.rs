@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use lodge_spec::draft::{
-    BootDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size,
+    BootDraft, BootstrapDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size,
 };
 
 /// Describe, build, boot, confine and look after virtual machines.
@@ -213,6 +213,8 @@ pub enum Until {
     Running,
     Ready,
     Stopped,
+    /// The script of `--bootstrap` has succeeded.
+    Bootstrap,
     None,
 }
 
@@ -312,6 +314,13 @@ pub struct MachineFlags {
     /// Ask this store for the contents of an flist before those that it names.
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
+    /// Serve this script to the guest, at http://10.0.2.100/vm-bootstrap: images that set
+    /// themselves up fetch it and run it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub bootstrap: Option<PathBuf>,
+    /// Let the guest fail where there is no script, instead of waiting for one.
+    #[arg(long)]
+    pub require_script: bool,
     /// When the guest is ready.
     #[arg(long, value_name = "console:REGEX|port:N|dhcp")]
     pub ready: Option<String>,
@@ -399,6 +408,8 @@ impl MachineFlags {
             file,
             ssh_key,
             store,
+            bootstrap,
+            require_script,
             ready,
             rm,
         } = self;
@@ -451,6 +462,11 @@ impl MachineFlags {
             ports: (!port.is_empty()).then(|| port.into_iter().map(PortDraft::Text).collect()),
             files: (!files.is_empty()).then_some(files),
             ssh_keys: (!keys.is_empty()).then_some(keys),
+            bootstrap: (bootstrap.is_some() || require_script).then(|| BootstrapDraft {
+                source: bootstrap.as_deref().map(absolute),
+                require: Some(require_script),
+                ..BootstrapDraft::default()
+            }),
             ephemeral: rm.then_some(true),
             ready,
             backend,

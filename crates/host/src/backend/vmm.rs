@@ -8,8 +8,8 @@ use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{
-    BootFiles, Cgroup, ConsoleEnd, DiskFormat, FIRST_FD, Forward, Listen, Step, Survey, Tap,
-    Unsupported, WardenPlan,
+    BootFiles, BootstrapEnd, Cgroup, ConsoleEnd, DiskFormat, FIRST_FD, Forward, Listen, Step,
+    Survey, Tap, Unsupported, WardenPlan,
 };
 use crate::elf;
 use crate::facts::{self, Facts, Program};
@@ -191,6 +191,7 @@ pub(crate) fn warden(
         screen: None,
         mdata: None,
         root: None,
+        bootstrap: BootstrapEnd::of(machine, &survey.run, &survey.state),
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,

@@ -95,7 +95,7 @@ pub fn make_raw(path: &Path, bytes: u64, from: Option<&Path>, owner: u32) -> io:
 pub(crate) fn share_or_copy(from: &Path, out: &File) -> io::Result<()> {
     match rustix::fs::ioctl_ficlone(out, File::open(from)?) {
         Ok(()) => Ok(()),
-        Err(_) => super::store::copy_sparse(from, out, |_| {}).map(drop),
+        Err(_) => super::store::copy_sparse(File::open(from)?, out, |_| {}).map(drop),
     }
 }
 
@@ -136,16 +136,18 @@ pub fn guest_files(
 ) -> Result<Vec<(String, u32, Vec<u8>)>, String> {
     let mut list = Vec::new();
     for file in &machine.files {
-        let content = match &file.content {
-            FileContent::Text(text) => text.clone().into_bytes(),
-            FileContent::Source(path) => {
-                fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?
-            }
-        };
-        list.push((file.path.clone(), file.mode, content));
+        list.push((file.path.clone(), file.mode, content(&file.content)?));
     }
     list.extend(made_files(machine, with_identity));
     Ok(list)
+}
+
+/// What a file contains.
+pub fn content(content: &FileContent) -> Result<Vec<u8>, String> {
+    match content {
+        FileContent::Text(text) => Ok(text.clone().into_bytes()),
+        FileContent::Source(path) => fs::read(path).map_err(|e| format!("{}: {e}", path.display())),
+    }
 }
 
 /// How many files `guest_files` gives, without reading any.

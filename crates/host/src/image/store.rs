@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Blob, Disk, Manifest, layer};
 use crate::paths::Paths;
+use crate::rootfs::archive;
 
 #[derive(Clone)]
 pub struct Images {
@@ -87,26 +88,27 @@ impl Images {
 
     fn take_disk(&self, path: &Path) -> Result<Disk, Refusal> {
         let looked = layer::look(path).map_err(Refusal::failed)?;
-        match looked.kind {
-            sniff::Kind::Qcow2
-            | sniff::Kind::Partitioned
-            | sniff::Kind::Ext4
-            | sniff::Kind::Iso9660
-            | sniff::Kind::Unknown => {}
-            other @ (sniff::Kind::BzImage
-            | sniff::Kind::Elf
-            | sniff::Kind::Cpio
-            | sniff::Kind::Tar
-            | sniff::Kind::Gzip
-            | sniff::Kind::Bzip2
-            | sniff::Kind::Xz
-            | sniff::Kind::Zstd
-            | sniff::Kind::Sqlite) => {
-                let message = format!("{} is {other}; an image is a disk", path.display());
-                return Err(Refusal::Failed { message });
-            }
+        if is_packed(looked.kind) {
+            return self.take_packed(path);
         }
+        check_disk(path, looked.kind)?;
         let blob = self.take(path).map_err(|e| self.full(e))?;
+        let format = looked.layer.format.as_str().to_owned();
+        Ok(Disk { blob, format, virtual_bytes: looked.bytes })
+    }
+
+    /// Takes a disk out of what it was packed with, to the end: nothing of it counts before.
+    fn take_packed(&self, path: &Path) -> Result<Disk, Refusal> {
+        let error = |e: io::Error| Refusal::failed(format!("{}: {e}", path.display()));
+        let input = archive::unpacked(path).map_err(Refusal::failed)?;
+        let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs());
+        let part = part.map_err(|e| self.full(e))?;
+        let mut hash = Sha256::new();
+        let bytes = copy_sparse(input, part.as_file(), |chunk| hash.update(chunk)).map_err(error)?;
+        let looked = layer::look(part.path()).map_err(Refusal::failed)?;
+        check_disk(path, looked.kind)?;
+        let digest = hex(&hash.finalize());
+        let blob = self.settle(part, digest, bytes).map_err(|e| self.full(e))?;
         let format = looked.layer.format.as_str().to_owned();
         Ok(Disk { blob, format, virtual_bytes: looked.bytes })
     }
@@ -119,7 +121,7 @@ impl Images {
     pub(super) fn take(&self, path: &Path) -> io::Result<Blob> {
         let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs())?;
         let mut hash = Sha256::new();
-        let bytes = copy_sparse(path, part.as_file(), |chunk| hash.update(chunk))?;
+        let bytes = copy_sparse(File::open(path)?, part.as_file(), |chunk| hash.update(chunk))?;
         self.settle(part, hex(&hash.finalize()), bytes)
     }
 
@@ -142,7 +144,7 @@ impl Images {
             let write = || {
                 use std::os::unix::fs::PermissionsExt;
                 let part = tempfile::Builder::new().prefix("part-").tempfile_in(folder)?;
-                copy_sparse(&from, part.as_file(), |_| {})?;
+                copy_sparse(File::open(&from)?, part.as_file(), |_| {})?;
                 part.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
                 part.persist(&to).map(drop).map_err(|e| e.error)
             };
@@ -227,21 +229,55 @@ impl Images {
     }
 }
 
+fn is_packed(kind: sniff::Kind) -> bool {
+    use sniff::Kind::{Bzip2, Gzip, Xz, Zstd};
+    matches!(kind, Gzip | Bzip2 | Xz | Zstd)
+}
+
+/// Refuses what is no disk, or packed twice.
+fn check_disk(path: &Path, kind: sniff::Kind) -> Result<(), Refusal> {
+    match kind {
+        sniff::Kind::Qcow2
+        | sniff::Kind::Partitioned
+        | sniff::Kind::Ext4
+        | sniff::Kind::Iso9660
+        | sniff::Kind::Unknown => Ok(()),
+        other @ (sniff::Kind::BzImage
+        | sniff::Kind::Elf
+        | sniff::Kind::Cpio
+        | sniff::Kind::Tar
+        | sniff::Kind::Gzip
+        | sniff::Kind::Bzip2
+        | sniff::Kind::Xz
+        | sniff::Kind::Zstd
+        | sniff::Kind::Sqlite) => {
+            let message = format!("{} is {other}; an image is a disk", path.display());
+            Err(Refusal::Failed { message })
+        }
+    }
+}
+
 fn failed(path: &Path, error: io::Error) -> Refusal {
     Refusal::Failed { message: format!("{}: {error}", path.display()) }
 }
 
-/// Copies a file, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
+/// Copies, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
 pub(super) fn copy_sparse(
-    from: &Path,
+    mut input: impl Read,
     mut out: &File,
     mut see: impl FnMut(&[u8]),
 ) -> io::Result<u64> {
-    let mut input = File::open(from)?;
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0u64;
     loop {
-        let count = input.read(&mut buffer)?;
+        // Whole pieces, so that holes are found whatever pieces come in.
+        let mut count = 0;
+        while count < buffer.len() {
+            match input.read(&mut buffer[count..])? {
+                0 => break,
+                more => count += more,
+            }
+        }
         if count == 0 {
             break;
         }

@@ -101,6 +101,11 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
             layer::write_files_disk(path, &files).map_err(at(path))
         }
         Step::Cidata { path } => write_cidata(machine, path).map_err(at(path)),
+        Step::Bootstrap { path } => {
+            let script = machine.bootstrap.as_ref().and_then(|b| b.script.as_ref());
+            let script = script.map(layer::content).transpose()?.unwrap_or_default();
+            paths::write_private(path, &script).map_err(at(path))
+        }
         Step::Mdata { path } => write_mdata(machine, path).map_err(at(path)),
         Step::VncPassword { path, owner } => {
             let password = machine.vnc_password().unwrap_or("");

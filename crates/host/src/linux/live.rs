@@ -251,7 +251,11 @@ fn report(sink: &Sink, tell: Tell) {
             Report::Seen(Seen::Exited(exit.outcome()))
         }
         Tell::Wrote { wrote } => Report::Wrote(Box::new(wrote)),
+        Tell::Bootstrap { told } => Report::Bootstrap(Box::new(told)),
         Tell::Status(status) => {
+            if let Some(told) = status.bootstrap {
+                let _ = sink.send(Report::Bootstrap(Box::new(told)));
+            }
             for wrote in status.wrote {
                 let _ = sink.send(Report::Wrote(Box::new(wrote)));
             }

@@ -60,6 +60,8 @@ pub(crate) enum Notice {
     Refused {
         why: String,
     },
+    /// The guest wants to hear of its first boot; the connection comes with it.
+    Visitor,
     /// The guest has taken its address.
     Leased {
         address: Ipv4Addr,

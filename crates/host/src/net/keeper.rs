@@ -19,7 +19,7 @@ use super::client::{self, NetAsk, Notice};
 use super::dhcp::{self, Place};
 use super::gateways::Gateways;
 use super::names::{World, enter};
-use super::plan::{BRIDGE, METADATA, NetPlan};
+use super::plan::{BRIDGE, METADATA, NetPlan, SCRIPT};
 use super::segments::{self, Segments};
 use super::{dns, guard, names, setup, tap};
 use crate::backend::Tap;
@@ -32,7 +32,7 @@ const HANDOVER: Duration = Duration::from_secs(3);
 
 struct Member {
     place: Place,
-    notices: mpsc::UnboundedSender<Notice>,
+    notices: mpsc::UnboundedSender<(Notice, Option<OwnedFd>)>,
 }
 
 struct Network {
@@ -124,6 +124,7 @@ async fn serve(
     let dhcp = (any.map_err(text("DHCP"))?, from_metadata.map_err(text("DHCP"))?);
     let udp = UdpSocket::bind((plan.names(), 53)).await.map_err(text("names"))?;
     let streams = TcpListener::bind((plan.names(), 53)).await.map_err(text("names"))?;
+    let visitors = TcpListener::bind((SCRIPT, 80)).await.map_err(text("first-boot scripts"))?;
     outside.set_nonblocking(true).map_err(text("names"))?;
     let outside = UdpSocket::from_std(outside).map_err(text("names"))?;
     let network = Rc::new(Network {
@@ -138,6 +139,7 @@ async fn serve(
         world: world.clone(),
     });
     tokio::task::spawn_local(serve_dhcp(network.clone(), dhcp));
+    tokio::task::spawn_local(show_in(network.clone(), visitors));
     let find = finder(&network);
     tokio::task::spawn_local(names::serve_tcp(world.clone(), find.clone(), streams));
     tokio::task::spawn_local(names::serve_udp(world, find, udp, outside));
@@ -275,7 +277,10 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
         loop {
             tokio::select! {
                 notice = heard.recv() => match notice {
-                    Some(notice) => if fdpass::send(&stream, &notice, None).await.is_err() { break },
+                    Some((notice, fd)) => {
+                        let fd = fd.as_ref().map(AsFd::as_fd);
+                        if fdpass::send(&stream, &notice, fd).await.is_err() { break }
+                    }
                     None => break,
                 },
                 // Nothing more is asked on this connection; its end is the interface's.
@@ -296,6 +301,28 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();
     network.left.notify_waiters();
+}
+
+/// Leads guests that ask for the script of their first boot to their own wardens: who asks is told
+/// by the address that it asks from.
+async fn show_in(network: Rc<Network>, visitors: TcpListener) {
+    loop {
+        let Ok((stream, from)) = visitors.accept().await else {
+            // Only where descriptors have run out.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let own = |m: &&Member| IpAddr::V4(m.place.address) == from.ip();
+        let member = network.members.borrow().values().find(own).map(|m| m.notices.clone());
+        let Some(notices) = member else {
+            let answer = b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n";
+            let _ = stream.try_write(answer);
+            continue;
+        };
+        if let Ok(fd) = stream.into_std().map(OwnedFd::from) {
+            let _ = notices.send((Notice::Visitor, Some(fd)));
+        }
+    }
 }
 
 /// By what name a member is found: the address of its first segment.
@@ -378,7 +405,7 @@ async fn serve_dhcp(network: Rc<Network>, (any, from_metadata): (UdpSocket, UdpS
             network.members.borrow().get(m).map(|m| (m.notices.clone(), m.place.address))
         }) {
             let (notices, address) = member;
-            let _ = notices.send(Notice::Leased { address });
+            let _ = notices.send((Notice::Leased { address }, None));
         }
     }
 }

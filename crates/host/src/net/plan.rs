@@ -29,6 +29,8 @@ pub const BRIDGE: &str = "br0";
 /// What the network's own addresses have on the wire; always the same, so that a guest that was
 /// moved finds its router where it was.
 pub const BRIDGE_MAC: &str = "52:55:55:55:55:55";
+/// Where guests look for the script of their first boot, on every network.
+pub const SCRIPT: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
 /// Where guests look for metadata.
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
@@ -68,10 +70,6 @@ impl NetPlan {
         self.at(3)
     }
 
-    pub fn script(&self) -> Ipv4Addr {
-        self.at(100)
-    }
-
     /// What is handed out to machines.
     pub fn range(&self) -> (Ipv4Addr, Ipv4Addr) {
         (self.at(15), self.at(99))
@@ -98,7 +96,7 @@ mod tests {
         let plan = NetPlan::of(&"default".parse().unwrap(), Path::new("/run/lodge/net/default"));
         assert_eq!(plan.gateway().to_string(), "10.0.2.2");
         assert_eq!(plan.names().to_string(), "10.0.2.3");
-        assert_eq!(plan.script().to_string(), "10.0.2.100");
+        assert!(!plan.holds(SCRIPT));
         assert!(plan.holds("10.0.2.15".parse().unwrap()));
         for no in ["10.0.2.2", "10.0.2.100", "10.0.3.15", "10.0.2.255"] {
             assert!(!plan.holds(no.parse().unwrap()), "{no}");

@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::thread::UnshareFlags;
 
 use super::guard;
-use super::plan::{BRIDGE, BRIDGE_MAC, METADATA, NetPlan, PREFIX};
+use super::plan::{BRIDGE, BRIDGE_MAC, METADATA, NetPlan, PREFIX, SCRIPT};
 use crate::paths::find_program;
 use crate::proc::{Tool, ToolError};
 
@@ -46,12 +46,11 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
          link add {BRIDGE} address {BRIDGE_MAC} type bridge stp_state 0 forward_delay 0\n\
          addr add {gateway}/{PREFIX} dev {BRIDGE}\n\
          addr add {names}/{PREFIX} dev {BRIDGE}\n\
-         addr add {script}/{PREFIX} dev {BRIDGE}\n\
+         addr add {SCRIPT}/32 dev {BRIDGE}\n\
          addr add {METADATA}/32 dev {BRIDGE}\n\
          link set {BRIDGE} up\n",
         gateway = plan.gateway(),
         names = plan.names(),
-        script = plan.script(),
     );
     let mut rules =
         String::from("table ip lodge {\n chain out {\n  type nat hook postrouting priority 100;\n");

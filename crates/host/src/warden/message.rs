@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use lodge_machine::host::Wrote;
+use lodge_spec::state::Bootstrap;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Forward, ScreenPort, Tap};
@@ -41,6 +42,10 @@ pub enum Tell {
     Ports {
         error: Option<String>,
     },
+    /// How far the guest's setting up has come.
+    Bootstrap {
+        told: Bootstrap,
+    },
     /// The guest has written into its metadata.
     Wrote {
         wrote: Wrote,
@@ -60,6 +65,9 @@ pub struct Status {
     /// What the guest has written since its metadata was last set.
     #[serde(default)]
     pub wrote: Vec<Wrote>,
+    /// What the guest has told of its setting up.
+    #[serde(default)]
+    pub bootstrap: Option<Bootstrap>,
 }
 
 /// How the hypervisor ended. Kept in a file for daemons that were not there.

@@ -1,6 +1,6 @@
 //! The warden's life beside its hypervisor: console, ports, readiness, and those who ask.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use super::console::{Log, Sign, Watcher};
 use super::forward::{self, Guest};
 use super::message::{Ask, Exit, Status, Tell, exit_file};
 use super::start::{Bound, Started, bind_ports};
-use super::{mdata, screen};
+use super::{bootstrap, mdata, screen};
 use crate::backend::{Forward, WardenPlan};
 use crate::fdpass::{self, Lines};
 use crate::net::client::{self, Notice};
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     tells: broadcast::Sender<Tell>,
     networks: RefCell<Vec<(String, tokio::task::JoinHandle<()>)>>,
     forwards: RefCell<Vec<(Forward, tokio::task::JoinHandle<()>)>>,
+    /// How many guests' connections are served at once.
+    pub(super) visitors: Cell<usize>,
 }
 
 impl Shared {
@@ -95,6 +97,7 @@ async fn run(started: Started) {
         tells: broadcast::channel(64).0,
         networks: RefCell::default(),
         forwards: RefCell::default(),
+        visitors: Cell::default(),
     });
     let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
@@ -384,8 +387,16 @@ fn watch_network(
     let watched = shared.clone();
     let task = tokio::task::spawn_local(async move {
         let mut lines = Lines::default();
-        while let Ok(Some((notice, _))) = lines.next::<Notice>(&stream).await {
+        // A descriptor may be handed over a message early; only visitors bring one.
+        let mut brought = None;
+        while let Ok(Some((notice, fd))) = lines.next::<Notice>(&stream).await {
+            brought = fd.or(brought);
             match notice {
+                Notice::Visitor => {
+                    if let Some(visitor) = brought.take() {
+                        bootstrap::receive(&watched, visitor);
+                    }
+                }
                 Notice::Leased { address } => {
                     watched.mark("dhcp-lease", &address.to_string());
                     if lease_is_ready {

@@ -13,8 +13,8 @@ use serde_json::json;
 
 use crate::backend::qemu::{MODULES, QemuFacts};
 use crate::backend::{
-    BootFiles, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Listen, Step, Survey, Tap,
-    Unsupported, WardenPlan,
+    BootFiles, BootstrapEnd, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Listen, Step, Survey,
+    Tap, Unsupported, WardenPlan,
 };
 use crate::facts::Facts;
 use crate::kvm::KvmFact;
@@ -368,6 +368,7 @@ fn warden(
         screen,
         mdata,
         root,
+        bootstrap: BootstrapEnd::of(machine, &survey.run, &survey.state),
         ready: survey.ready.clone(),
         cgroup: Cgroup::of(machine, facts),
         jail,
