@@ -5,6 +5,7 @@ mod debian;
 pub mod kernel;
 pub mod layer;
 pub mod matrix;
+pub mod packer;
 pub mod recipe;
 pub mod store;
 

@@ -16,6 +16,7 @@ pub mod net;
 pub mod paths;
 pub mod proc;
 pub mod rootfs;
+pub mod shacache;
 pub mod survey;
 pub mod trial;
 pub mod warden;

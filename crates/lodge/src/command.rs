@@ -413,6 +413,14 @@ impl Session {
                 return self.show_images(json!([manifest]));
             }
             Image::Here(_) => unreachable!("needs no daemon"),
+            Image::Pull { source, filters, name, insecure, shacache } => {
+                let fetched = crate::pull::fetch(&source, &filters, insecure, &shacache.shacache)?;
+                let name = Some(named(name.unwrap_or(fetched.name))?);
+                let path = fetched.path.to_string_lossy().into_owned();
+                let manifest = self.document(Request::ImageAdd { path, name }).await?;
+                let _ = std::fs::remove_file(fetched.path);
+                return self.show_images(json!([manifest]));
+            }
             Image::Ls => {
                 let list = self.document(Request::ImageList).await?;
                 return self.show_images(list);

@@ -9,9 +9,12 @@ use std::sync::{Arc, Mutex};
 use anyhow::Result;
 use lodge_doors::native::image::Here;
 use lodge_host::image::matrix::{self, Made, Matrix, Outcome, Progress, Work};
+use lodge_host::image::packer;
 use lodge_host::paths::{Paths, make_dir};
+use lodge_host::shacache::Config;
 
 use crate::command::print;
+use crate::pull;
 use crate::xcluster::{native, told};
 
 pub(crate) fn carry_out(verb: &Here) -> Result<ExitCode> {
@@ -19,12 +22,27 @@ pub(crate) fn carry_out(verb: &Here) -> Result<ExitCode> {
         Here::Make { folder, file, size, format } => {
             native::folder(folder, file, size.as_deref(), format)
         }
-        Here::Matrix { file, out, afresh } => family(file, out.as_deref(), *afresh),
+        Here::Matrix { file, out, afresh, upload, shacache } => {
+            let uploads = pull::uploads(*upload, &shacache.shacache)?;
+            family(file, out.as_deref(), *afresh, uploads.as_ref())
+        }
+        Here::ImportPacker { file, vars } => {
+            let imported = told(packer::import(file, vars))?;
+            for left in &imported.left {
+                writeln!(std::io::stderr(), "not taken over: {left}")?;
+            }
+            print(&imported.document)
+        }
     }
 }
 
 /// Builds a family and says what became of each image.
-fn family(file: &Path, out: Option<&Path>, afresh: bool) -> Result<ExitCode> {
+fn family(
+    file: &Path,
+    out: Option<&Path>,
+    afresh: bool,
+    uploads: Option<&Config>,
+) -> Result<ExitCode> {
     let matrix = told(Matrix::read(file))?;
     let beside = file.parent().filter(|folder| !folder.as_os_str().is_empty());
     let out = out.or(beside).unwrap_or(Path::new("."));
@@ -42,7 +60,11 @@ fn family(file: &Path, out: Option<&Path>, afresh: bool) -> Result<ExitCode> {
         }
     })?;
     print(&table(&made))?;
-    let failed = made.iter().any(|m| matches!(m.outcome, Outcome::Failed(_)));
+    let uploaded = match uploads {
+        Some(config) => pull::upload(config, &matrix, &made, &work.out)?,
+        None => true,
+    };
+    let failed = made.iter().any(|m| matches!(m.outcome, Outcome::Failed(_))) || !uploaded;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

@@ -11,6 +11,7 @@ mod flist;
 mod image;
 mod otlp;
 mod plan;
+mod pull;
 mod settings;
 mod vmadm;
 mod xcluster;

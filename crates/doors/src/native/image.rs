@@ -29,6 +29,27 @@ pub enum Image {
         #[arg(long)]
         name: Option<String>,
     },
+    /// Fetch an image into the store: from a URL that says what the file must be, or the one that
+    /// a signed record of shadir describes. Nothing is used before it is verified.
+    #[command(
+        after_help = "Examples:\n  lodge image pull https://example.org/disk.qcow2.gz#MD5 --name \
+                      mine\n  lodge image pull shacache:packer-images distribution==debian \
+                      disk-size==50"
+    )]
+    Pull {
+        /// `URL#MD5`, `URL#SHA512`, or `shacache:KEY`.
+        #[arg(value_name = "URL#DIGEST|shacache:KEY")]
+        source: String,
+        /// Which record is meant: KEY==VALUE; also <=, >=, <, >, << (lowest), >> (highest).
+        filters: Vec<String>,
+        #[arg(long)]
+        name: Option<String>,
+        /// Believe records that nobody who is trusted has signed.
+        #[arg(long)]
+        insecure: bool,
+        #[command(flatten)]
+        shacache: Shacache,
+    },
     /// List images.
     #[command(after_help = "Example:\n  lodge image ls")]
     Ls,
@@ -44,6 +65,14 @@ pub enum Image {
     /// Compare images with their digests.
     #[command(after_help = "Example:\n  lodge image verify debian-12")]
     Verify { name: Option<String> },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Shacache {
+    /// Configuration of shacache and shadir, as their own tools read it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(default_value = "/etc/opt/shacache/shacache.cfg")]
+    pub shacache: PathBuf,
 }
 
 /// What is done in this process, by its user, with files that it names.
@@ -79,5 +108,22 @@ pub enum Here {
         /// Build everything anew.
         #[arg(long)]
         afresh: bool,
+        /// Upload what was built to shacache and shadir; UPLOAD=yes means the same.
+        #[arg(long)]
+        upload: bool,
+        #[command(flatten)]
+        shacache: Shacache,
+    },
+    /// Read a Packer template as the document of a family of images: what maps is printed, what
+    /// does not is listed. Nothing in it is carried out.
+    #[command(
+        after_help = "Example:\n  lodge image import-packer debian12.json > build-vm-bootstrap.yml"
+    )]
+    ImportPacker {
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Values of variables, where the template has none or others are meant.
+        #[arg(long = "var", value_name = "NAME=VALUE")]
+        vars: Vec<String>,
     },
 }

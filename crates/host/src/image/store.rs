@@ -104,7 +104,8 @@ impl Images {
         let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs());
         let part = part.map_err(|e| self.full(e))?;
         let mut hash = Sha256::new();
-        let bytes = copy_sparse(input, part.as_file(), |chunk| hash.update(chunk)).map_err(error)?;
+        let bytes =
+            copy_sparse(input, part.as_file(), |chunk| hash.update(chunk)).map_err(error)?;
         let looked = layer::look(part.path()).map_err(Refusal::failed)?;
         check_disk(path, looked.kind)?;
         let digest = hex(&hash.finalize());

@@ -20,10 +20,10 @@ const ZSTD_LEVEL: i32 = 3;
 
 /// Digests of a file, in hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(super) struct Sums {
-    pub(super) sha512: String,
-    pub(super) md5: String,
-    pub(super) bytes: u64,
+pub struct Sums {
+    pub sha512: String,
+    pub md5: String,
+    pub bytes: u64,
 }
 
 /// Packs a file into another.
@@ -126,7 +126,7 @@ fn deflate(piece: &[u8], last: bool) -> io::Result<Vec<u8>> {
     }
 }
 
-pub(super) fn sums(path: &Path) -> io::Result<Sums> {
+pub fn sums(path: &Path) -> io::Result<Sums> {
     let mut file = File::open(path)?;
     let (mut sha512, mut md5, mut bytes) = (Sha512::new(), Md5::new(), 0);
     let mut buffer = vec![0; PIECE];
@@ -143,16 +143,16 @@ pub(super) fn sums(path: &Path) -> io::Result<Sums> {
     Ok(Sums { sha512: hex(&sha512.finalize()), md5: hex(&md5.finalize()), bytes })
 }
 
-/// Unpacks gzip, of one or many members, to its end: what is cut off, damaged or followed by
-/// something else is refused.
-pub fn gunzip(input: impl Read, mut out: impl Write) -> io::Result<u64> {
-    let mut reader = flate2::bufread::MultiGzDecoder::new(BufReader::new(input));
-    io::copy(&mut reader, &mut out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Unpacks gzip, of one or many members, to its end: what is cut off, damaged or followed by
+    /// something else is refused.
+    fn gunzip(input: impl Read, mut out: impl Write) -> io::Result<u64> {
+        let mut reader = flate2::bufread::MultiGzDecoder::new(BufReader::new(input));
+        io::copy(&mut reader, &mut out)
+    }
 
     fn bytes(length: usize) -> Vec<u8> {
         let mut state = 7_u32;
