@@ -256,6 +256,7 @@ pub fn debian_with(home: &Path, packages: &str) {
     let recipe = concat!(
         include_str!("../../../crates/host/src/image/recipe.rs"),
         include_str!("../../../crates/host/src/image/build.rs"),
+        include_str!("../../../crates/host/src/image/debian.rs"),
     );
     let key: String = Sha256::digest([recipe, packages].concat())
         .iter()

@@ -5,8 +5,10 @@
 #![allow(clippy::print_stderr, reason = "what is skipped is said aloud")]
 
 pub mod assets;
+pub mod bootstrap;
 pub mod lab;
 pub mod metald;
+pub mod python;
 pub mod rfb;
 pub mod vmadm;
 pub mod xcluster;

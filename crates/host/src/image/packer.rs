@@ -169,7 +169,7 @@ impl Template {
         for (name, fields) in &self.builders {
             let text = |key: &str| fields.get(key).map(plain).unwrap_or_default();
             let words =
-                format!("{name} {} {} {}", text("vm_name"), text("iso_url"), path.display());
+                format!("{} {name} {} {}", text("iso_url"), text("vm_name"), path.display());
             let distro = distro(&words).unwrap_or_else(|| {
                 left.push(format!("{name}: which distribution it is; `distro` is to be put in"));
                 "debian12".into()

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stderr, reason = "what is skipped is said aloud")]
 
 mod bad_input;
+mod bootstrap;
 mod debian;
 mod devices;
 mod faults;

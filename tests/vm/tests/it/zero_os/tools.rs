@@ -88,7 +88,7 @@ fn a_bucket_is_a_store_too() {
     let lab = Lab::new();
     let root = lab.home().join("tree");
     tree(&root);
-    let server = Server::s3(&super::clients::environment(&["moto[server]==5.1.15"], false));
+    let server = Server::s3(&lodge_vm_tests::python::environment(&["moto[server]==5.1.15"], false));
     let url = format!("http://127.0.0.1:{}/blocks", server.port);
     let made = command("curl").args(["-fsS", "-X", "PUT", &url]).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
