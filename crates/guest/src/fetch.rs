@@ -11,8 +11,11 @@ use ureq::http::HeaderMap;
 /// A script larger than this is none.
 const MAX_SCRIPT: u64 = 16 << 20;
 const CONNECT: Duration = Duration::from_secs(5);
-/// From the first byte sent to the last one received.
-const WHOLE: Duration = Duration::from_secs(120);
+/// To the first byte of an answer. What stands between guest and server may keep a connection open
+/// on whose other side nobody is left.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
+/// From there to the last one.
+const BODY: Duration = Duration::from_secs(30);
 /// Each report is small and nobody depends on it.
 const REPORT: Duration = Duration::from_secs(5);
 
@@ -30,19 +33,21 @@ pub(crate) struct Missing {
     pub(crate) report: Option<String>,
 }
 
-fn agent(whole: Duration) -> Agent {
+fn agent(first: Duration, body: Duration) -> Agent {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .proxy(None)
         .timeout_connect(Some(CONNECT))
-        .timeout_global(Some(whole))
+        .timeout_recv_response(Some(first))
+        .timeout_recv_body(Some(body))
+        .timeout_global(Some(CONNECT + first + body))
         .build();
     config.into()
 }
 
 pub(crate) fn script(url: &str) -> Result<Fetched, Missing> {
     let failed = |why: String| Missing { why, required: false, report: None };
-    let answer = agent(WHOLE).get(url).call();
+    let answer = agent(FIRST_BYTE, BODY).get(url).call();
     let mut answer = answer.map_err(|e| failed(format!("{url}: {}", plain(&e))))?;
     let status = answer.status();
     let headers = answer.headers().clone();
@@ -82,7 +87,7 @@ pub(crate) fn script(url: &str) -> Result<Fetched, Missing> {
 
 pub(crate) fn report(url: &str, report: &lodge_guest::Report) -> Result<(), String> {
     let text = serde_json::to_vec(report).map_err(|e| e.to_string())?;
-    let posted = agent(REPORT).post(url).content_type("application/json").send(&text[..]);
+    let posted = agent(REPORT, REPORT).post(url).content_type("application/json").send(&text[..]);
     match posted.map(|answer| answer.status()) {
         Ok(status) if status.is_success() => Ok(()),
         Ok(status) => Err(format!("the server answered {status}")),

@@ -226,7 +226,7 @@ fn go_on(
                 at += count as u64;
                 done(at, total.unwrap_or(0));
             }
-            Err(error) => return Err(off(&error)),
+            Err(error) => return Err(Broken::Off(format!("cut off after {at} bytes: {error}"))),
         }
     }
     match total {

@@ -134,7 +134,7 @@ const CASES: &[Case] = &[
         name: "g16",
         files: &[],
         answer: |_| ok("echo with room\n"),
-        before: "dd if=/dev/zero of=/small/fill bs=1k 2>/dev/null; (sleep 6; cp retry-amount held; rm /small/fill) &",
+        before: "dd if=/dev/zero of=/small/fill bs=1k 2>/dev/null; (sleep 6; runs=$(cat retry-amount); rm /small/fill; echo $runs > held) &",
     },
     Case { name: "g17", files: &[], answer: |_| ok("sleep 6\n"), before: "" },
     Case {
@@ -322,7 +322,7 @@ fn cases_g5_g14_and_g15_across_boots_and_cuts() {
     let guest = Qemu::start(dir.path(), Some((web.port, false)), &args);
     let text = guest.until("WRITING");
     assert!(text.contains("ENDED 0 runs=3 waits=1"), "{text}");
-    for boot in ["BOOT-WITH \r", "BOOT-WITH 1", "BOOT-WITH 2"] {
+    for boot in ["BOOT-WITH\r", "BOOT-WITH 1", "BOOT-WITH 2"] {
         assert!(text.contains(boot), "{boot}: {text}");
     }
     // The power goes in the middle of it. What is there afterwards is whole.
