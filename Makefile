@@ -1,15 +1,17 @@
 # Two commands matter: `make demo` and `make test`. Both install what they need.
 BUILD := gcc g++ libc6-dev
-RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprogs
+RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprogs \
+	grub-common grub-pc-bin grub-efi-amd64-bin
 TEST := $(RUN) busybox-static kmod util-linux slirp4netns uidmap python3 isolinux syslinux-common genisoimage \
 	curl openssl python3-venv nodejs npm protobuf-compiler qemu-utils dropbear-bin tmux bc bison flex \
-	libelf-dev patch xz-utils bzip2 redis-server nginx
+	libelf-dev patch xz-utils bzip2 redis-server nginx netcat-openbsd
 
 .PHONY: demo test check vm-test bench build install
 
 demo:
 	@scripts/deps.sh $(BUILD) $(RUN)
 	@cargo build --quiet --release
+	@cargo xtask guest
 	@scripts/demo.sh
 
 build:
@@ -45,7 +47,7 @@ install: build
 	ln -sf lodge $(DESTDIR)/usr/local/bin/xc
 	ln -sf lodge $(DESTDIR)/usr/local/bin/xcadmin
 	mkdir -p $(DESTDIR)/usr/local/share/lodge
-	cp -R guest/xcluster $(DESTDIR)/usr/local/share/lodge/
+	cp -R guest/xcluster guest/vm-bootstrap $(DESTDIR)/usr/local/share/lodge/
 	install -D -m 0755 target/release/lodge-jail $(DESTDIR)/usr/local/bin/lodge-jail
 	install -D -m 0755 target/release/vm-bootstrap $(DESTDIR)/usr/local/bin/vm-bootstrap
 	install -D -m 0644 dist/lodge.service $(DESTDIR)/etc/systemd/system/lodge.service

@@ -67,6 +67,11 @@ pub(crate) fn examine(facts: &Facts) -> Value {
         ("ip", "iproute2", "makes networks"),
         ("nft", "nftables", "lets guests reach the world"),
         ("mmdebstrap", "mmdebstrap", "builds images"),
+        (
+            "grub-mkimage",
+            "grub-common grub-pc-bin grub-efi-amd64-bin",
+            "makes images of families bootable",
+        ),
     ];
     if facts.rootless {
         tools.push(("slirp4netns", "slirp4netns", "lets guests reach the world without root"));

@@ -438,12 +438,7 @@ impl MachineFlags {
                 ..FileDraft::default()
             });
         }
-        let mut keys = Vec::new();
-        for path in &ssh_key {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| format!("--ssh-key {}: {e}", path.display()))?;
-            keys.extend(text.lines().filter(|l| !l.trim().is_empty()).map(str::to_owned));
-        }
+        let keys = read_keys(&ssh_key)?;
         let nics = match net.iter().any(|n| n == "none") {
             true if net.len() > 1 => return Err("--net none excludes other networks".into()),
             true => Some(Vec::new()),
@@ -474,6 +469,17 @@ impl MachineFlags {
             ..Draft::default()
         })
     }
+}
+
+/// The public keys in files, one a line.
+fn read_keys(files: &[PathBuf]) -> Result<Vec<String>, String> {
+    let mut keys = Vec::new();
+    for path in files {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| format!("--ssh-key {}: {e}", path.display()))?;
+        keys.extend(text.lines().filter(|l| !l.trim().is_empty()).map(str::to_owned));
+    }
+    Ok(keys)
 }
 
 /// An interface on a network.

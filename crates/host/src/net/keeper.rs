@@ -273,20 +273,7 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     let sent = fdpass::send(&stream, &Notice::Attached, Some(fd.as_fd())).await;
     drop(fd);
     if sent.is_ok() {
-        let mut lines = Lines::default();
-        loop {
-            tokio::select! {
-                notice = heard.recv() => match notice {
-                    Some((notice, fd)) => {
-                        let fd = fd.as_ref().map(AsFd::as_fd);
-                        if fdpass::send(&stream, &notice, fd).await.is_err() { break }
-                    }
-                    None => break,
-                },
-                // Nothing more is asked on this connection; its end is the interface's.
-                asked = lines.next::<NetAsk>(&stream) => if !matches!(asked, Ok(Some(_))) { break },
-            }
-        }
+        notify(&stream, &mut heard).await;
     }
     if opened_by.is_some() {
         // It outlives whoever opened it; nobody else takes it away.
@@ -301,6 +288,27 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     network.members.borrow_mut().remove(&mac);
     network.changed.notify_one();
     network.left.notify_waiters();
+}
+
+/// Tells a warden what concerns its interface, until it is gone.
+async fn notify(
+    stream: &UnixStream,
+    heard: &mut mpsc::UnboundedReceiver<(Notice, Option<OwnedFd>)>,
+) {
+    let mut lines = Lines::default();
+    loop {
+        tokio::select! {
+            notice = heard.recv() => match notice {
+                Some((notice, fd)) => {
+                    let fd = fd.as_ref().map(AsFd::as_fd);
+                    if fdpass::send(stream, &notice, fd).await.is_err() { return }
+                }
+                None => return,
+            },
+            // Nothing more is asked on this connection; its end is the interface's.
+            asked = lines.next::<NetAsk>(stream) => if !matches!(asked, Ok(Some(_))) { return },
+        }
+    }
 }
 
 /// Leads guests that ask for the script of their first boot to their own wardens: who asks is told

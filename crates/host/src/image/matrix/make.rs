@@ -151,6 +151,8 @@ impl Build<'_> {
         let kept = self.work.cache.join("trees");
         fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
         let label = kept.join(format!("{shared}.recipe"));
+        // Two who build the same wait for each other, and the second one finds it done.
+        let _alone = alone(kept.join(format!("{shared}.lock"))).await?;
         let keyring = suite.keyring.map(digest_of).transpose();
         let keyring = keyring.map_err(|e| format!("the keyring: {e}"))?.unwrap_or_default();
         let inputs = match make.resolve(temporary.path()).await {
@@ -317,6 +319,17 @@ impl Build<'_> {
             tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?;
         done.map_err(|e| format!("{name}: {e}"))
     }
+}
+
+/// Held by one at a time, of all processes.
+async fn alone(path: PathBuf) -> Result<File, String> {
+    let lock = move || {
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.map_err(|e| format!("{}: {e}", path.display()))?;
+        let held = rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive);
+        held.map(|()| file).map_err(|e| format!("{}: {e}", path.display()))
+    };
+    tokio::task::spawn_blocking(lock).await.map_err(|e| e.to_string())?
 }
 
 /// Takes away what an earlier tree of the same name left.

@@ -19,15 +19,21 @@ fn sha512(bytes: &[u8]) -> String {
     Sha512::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// How a GET of a file is answered: its bytes, from where on they are wanted, how often it was
+/// asked.
+type Get = fn(&[u8], Option<usize>, usize) -> Reply;
+/// How a POST is: by its digest.
+type Post = fn(&str) -> Reply;
+
 /// What the server does wrong, and what it holds.
 #[derive(Default)]
 struct State {
     blobs: HashMap<String, Vec<u8>>,
     index: HashMap<String, Vec<Value>>,
     /// A POST is answered so instead.
-    post: Option<fn(&str) -> Reply>,
-    /// A GET of a blob is: the bytes, from where on they are wanted, how often it was asked.
-    get: Option<fn(&[u8], Option<usize>, usize) -> Reply>,
+    post: Option<Post>,
+    /// A GET of a file is.
+    get: Option<Get>,
 }
 
 fn part(bytes: &[u8], from: usize) -> Reply {
@@ -321,7 +327,7 @@ fn cases_d4_to_d6_what_is_uploaded_is_found_again() {
         (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     // D4 and D6: a server that breaks off, says another word, or has other bytes.
-    let wrong: [(fn(&str) -> Reply, &str); 3] = [
+    let wrong: [(Post, &str); 3] = [
         (|_| Reply::Close, "not uploaded"),
         (|digest| status(200, digest.as_bytes()), "answered 200 and not 201"),
         (|_| status(201, "0".repeat(128).as_bytes()), "the server has"),
