@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::run::{command, say};
-use crate::{bench_door, bench_flist, bench_vmadm, bench_xcluster};
+use crate::{bench_door, bench_family, bench_flist, bench_vmadm, bench_xcluster};
 
 const ROUNDS: usize = 7;
 
@@ -179,8 +179,10 @@ impl Bench {
 
     fn measure(&self) -> Result<Vec<Row>> {
         self.quiet(&["doctor"])?;
-        if std::env::args().nth(2).as_deref() == Some("flist") {
-            return bench_flist::measure(&self.lodge, &self.home, &self.cache);
+        match std::env::args().nth(2).as_deref() {
+            Some("flist") => return bench_flist::measure(&self.lodge, &self.home, &self.cache),
+            Some("family") => return bench_family::measure(&self.lodge, &self.home),
+            Some(_) | None => {}
         }
         let mut rows = vec![self.added()?];
         rows.push(self.boot()?);
@@ -192,6 +194,7 @@ impl Bench {
         rows.extend(bench_vmadm::measure(&self.lodge, &self.home, &self.kernel, &self.initrd)?);
         rows.extend(bench_xcluster::measure(&self.lodge, &self.home, &self.cache)?);
         rows.extend(bench_flist::measure(&self.lodge, &self.home, &self.cache)?);
+        rows.extend(bench_family::measure(&self.lodge, &self.home)?);
         Ok(rows)
     }
 

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bench_door;
+mod bench_family;
 mod bench_flist;
 mod bench_vmadm;
 mod bench_xcluster;

@@ -89,7 +89,7 @@ impl Make<'_> {
                 .arg(format!("--setup-hook=mkdir -p \"$1\"{archives}"))
                 .arg(format!("--setup-hook=sync-in {} {archives}", cache.display()))
                 .arg(format!("--customize-hook=sync-out {archives} {}", cache.display()))
-                .arg("--customize-hook=rm -rf \"$1\"/var/cache/apt/archives/*.deb");
+                .arg("--customize-hook=rm -f \"$1\"/var/cache/apt/archives/*.deb");
         }
         tool = tool
             .arg(format!("--essential-hook=tar-in {} /", early.display()))
@@ -97,8 +97,11 @@ impl Make<'_> {
         for words in &contents.run {
             tool = tool.arg(format!("--customize-hook=chroot \"$1\" {}", quoted(words)?));
         }
+        // What depends on where and how often it was made goes.
         let clean = "rm -f /etc/ssh/ssh_host_* /var/log/*.log /var/log/apt/* \
-                     /var/cache/ldconfig/aux-cache";
+                     /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin; \
+                     for d in /var/lib/apt/lists /var/cache/apt/archives; do \
+                     mkdir -p -m 0700 $d/partial; chown 0:0 $d/partial; done";
         let tool = tool
             .arg(format!("--customize-hook=chroot \"$1\" sh -c '{clean}'"))
             .arg(self.suite.name)

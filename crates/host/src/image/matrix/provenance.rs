@@ -13,7 +13,7 @@ use crate::image::debian::Contents;
 use crate::image::store::{digest_of, hex};
 
 /// Raised when the same inputs give other bytes than before.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Provenance {

@@ -127,8 +127,9 @@ fn served() -> Web {
 }
 
 fn size(text: &str) -> u64 {
-    let line = text.lines().find_map(|l| l.trim().strip_prefix("SIZE ")).unwrap();
-    line.split(' ').next().unwrap().parse().unwrap()
+    // A prompt may stand before it.
+    let rest = text.split("SIZE ").nth(1).unwrap();
+    rest.split(' ').next().unwrap().parse().unwrap()
 }
 
 #[test]
