@@ -85,11 +85,10 @@ impl Make<'_> {
             let archives = "/var/cache/apt/archives";
             // What is fetched comes from the cache where it is there, checked as if it were new.
             tool = tool
-                .args(["--skip=essential/unlink", "--skip=cleanup/apt/cache"])
+                .arg("--skip=essential/unlink")
                 .arg(format!("--setup-hook=mkdir -p \"$1\"{archives}"))
                 .arg(format!("--setup-hook=sync-in {} {archives}", cache.display()))
-                .arg(format!("--customize-hook=sync-out {archives} {}", cache.display()))
-                .arg("--customize-hook=rm -f \"$1\"/var/cache/apt/archives/*.deb");
+                .arg(format!("--customize-hook=sync-out {archives} {}", cache.display()));
         }
         tool = tool
             .arg(format!("--essential-hook=tar-in {} /", early.display()))
@@ -97,11 +96,8 @@ impl Make<'_> {
         for words in &contents.run {
             tool = tool.arg(format!("--customize-hook=chroot \"$1\" {}", quoted(words)?));
         }
-        // What depends on where and how often it was made goes.
         let clean = "rm -f /etc/ssh/ssh_host_* /var/log/*.log /var/log/apt/* \
-                     /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin; \
-                     for d in /var/lib/apt/lists /var/cache/apt/archives; do \
-                     mkdir -p -m 0700 $d/partial; chown 0:0 $d/partial; done";
+                     /var/cache/ldconfig/aux-cache";
         let tool = tool
             .arg(format!("--customize-hook=chroot \"$1\" sh -c '{clean}'"))
             .arg(self.suite.name)
@@ -115,7 +111,8 @@ impl Make<'_> {
                 }
             }
         })
-        .await
+        .await?;
+        settle_owners(tree).map_err(|e| format!("{}: {e}", tree.display()))
     }
 
     /// Which packages, in which versions, the tree would be made of now: `NAME VERSION`, sorted.
@@ -209,6 +206,30 @@ impl Make<'_> {
             false => Err(format!("mmdebstrap failed: {}", last.join("; "))),
         }
     }
+}
+
+/// Folders that apt gives to a user of its own where that user could reach our scratch: they belong
+/// to root wherever the tree was made. Apt gives them away again when it needs to.
+fn settle_owners(tree: &Path) -> io::Result<()> {
+    const FOLDERS: [&[u8]; 2] =
+        [b"./var/lib/apt/lists/partial", b"./var/cache/apt/archives/partial"];
+    let file = HostFile::options().read(true).write(true).open(tree)?;
+    let mut headers = Vec::new();
+    for entry in tar::Archive::new(io::BufReader::new(&file)).entries_with_seek()? {
+        let entry = entry?;
+        let path = entry.path_bytes();
+        if FOLDERS.contains(&path.strip_suffix(b"/").unwrap_or(&path)) {
+            let mut header = entry.header().clone();
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_cksum();
+            headers.push((entry.raw_header_position(), header));
+        }
+    }
+    for (at, header) in headers {
+        std::os::unix::fs::FileExt::write_all_at(&file, header.as_bytes(), at)?;
+    }
+    Ok(())
 }
 
 /// Words for a hook, which a shell reads: only such as it cannot take for anything else.
