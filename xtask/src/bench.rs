@@ -72,6 +72,16 @@ fn newest(dir: &Path, start: &str) -> Option<String> {
     found.into_iter().max().map(|(_, path)| path.to_string_lossy().into_owned())
 }
 
+/// What the program said; an error where it failed.
+pub(crate) fn lodge(program: &Path, home: &Path, args: &[&str]) -> Result<String> {
+    let mut command = command(&program.to_string_lossy());
+    let output = command.args(args).env("LODGE_HOME", home).stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        bail!("lodge {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 pub(crate) fn end(mut child: Child) -> Result<()> {
     child.kill()?;
     child.wait()?;

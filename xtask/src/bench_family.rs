@@ -10,10 +10,10 @@ use std::process::Stdio;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::bench::Row;
+use crate::bench::{Row, lodge};
 use crate::run::command;
 
 const IMAGE: &str = "debian12-10G-vm-bootstrap";
@@ -54,13 +54,7 @@ pub(crate) fn measure(lodge: &Path, home: &Path) -> Result<Vec<Row>> {
 
 impl Place<'_> {
     fn run(&self, args: &[&str]) -> Result<String> {
-        let mut command = command(&self.lodge.to_string_lossy());
-        let output =
-            command.args(args).env("LODGE_HOME", self.home).stdin(Stdio::null()).output()?;
-        if !output.status.success() {
-            bail!("lodge {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        lodge(self.lodge, self.home, args)
     }
 
     /// Builds; seconds that the last image took beside its tree.

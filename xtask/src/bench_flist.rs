@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::bench::{Row, memory};
+use crate::bench::{Row, lodge, memory};
 use crate::run::command;
 
 /// Files in a tree of which the server's memory is told.
@@ -43,13 +43,7 @@ pub(crate) fn measure(lodge: &Path, home: &Path, cache: &Path) -> Result<Vec<Row
 
 impl Place<'_> {
     fn run(&self, args: &[&str]) -> Result<String> {
-        let mut command = command(&self.lodge.to_string_lossy());
-        let output =
-            command.args(args).env("LODGE_HOME", self.home).stdin(Stdio::null()).output()?;
-        if !output.status.success() {
-            bail!("lodge {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        lodge(self.lodge, self.home, args)
     }
 
     fn nginx(&self, port: u16) -> Result<Child> {

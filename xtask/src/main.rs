@@ -47,7 +47,8 @@ fn main() -> ExitCode {
 
 /// Everything that needs neither root nor a guest. All failures are shown, not only the first.
 fn check() -> anyhow::Result<()> {
-    let packages = ["spec", "formats", "guest", "machine", "host", "doors"].map(|p| format!("lodge-{p}"));
+    let packages =
+        ["spec", "formats", "guest", "machine", "host", "doors"].map(|p| format!("lodge-{p}"));
     let mut test = vec!["test", "--quiet", "-p", "lodge", "-p", "lodge-jail", "-p", "lodge-guest"];
     for package in &packages {
         test.extend(["-p", package]);

@@ -50,11 +50,12 @@ impl Images {
         let suite = Suite { name: recipe::SUITE, ..Suite::default() };
         let list = recipe::packages(packages);
         let parts = |all: &[recipe::Overlay]| all.iter().map(debian::File::from).collect();
+        let links = recipe::LINKS.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned()));
         let contents = Contents {
             packages: list.iter().map(|p| (*p).to_owned()).collect(),
             early: parts(recipe::EARLY),
             late: parts(recipe::LATE),
-            links: recipe::LINKS.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect(),
+            links: links.chain(recipe::IDLE.iter().map(debian::masked)).collect(),
             ..Contents::default()
         };
         let make = debian::Make { suite: &suite, contents: &contents, cache: None, log: None };

@@ -65,6 +65,11 @@ pub(crate) struct Make<'a> {
     pub(crate) log: Option<HostFile>,
 }
 
+/// The link that keeps a unit from ever starting.
+pub(crate) fn masked(unit: &&str) -> (String, String) {
+    (format!("etc/systemd/system/{unit}"), "/dev/null".into())
+}
+
 /// Whether it can be the name of a package.
 pub(crate) fn is_package(name: &str) -> bool {
     let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b);

@@ -75,13 +75,17 @@ pub(super) const LINKS: &[(&str, &str)] = &[
         "etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
         "/lib/systemd/system/systemd-networkd.service",
     ),
-    ("etc/systemd/system/apt-daily.timer", "/dev/null"),
-    ("etc/systemd/system/apt-daily-upgrade.timer", "/dev/null"),
-    ("etc/systemd/system/systemd-networkd-wait-online.service", "/dev/null"),
-    ("etc/systemd/system/e2scrub_reap.service", "/dev/null"),
 ];
 
-const NETWORK: &str = "\
+/// Units that do nothing for a guest but take its time.
+pub(super) const IDLE: &[&str] = &[
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "systemd-networkd-wait-online.service",
+    "e2scrub_reap.service",
+];
+
+pub(super) const NETWORK: &str = "\
 [Match]
 Type=ether
 
@@ -120,7 +124,7 @@ ExecStart=/usr/lib/lodge/guest-setup
 RemainAfterExit=yes
 ";
 
-const READY_UNIT: &str = "\
+pub(super) const READY_UNIT: &str = "\
 [Unit]
 Description=Tell the host that this machine is ready
 After=ssh.service systemd-networkd.service

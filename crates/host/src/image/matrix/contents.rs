@@ -3,7 +3,8 @@
 use uuid::Uuid;
 
 use super::{Entry, Init};
-use crate::image::debian::{Contents, File};
+use crate::image::debian::{Contents, File, masked};
+use crate::image::recipe;
 
 /// For every image, beside its kernel and what starts it.
 const PACKAGES: &[&str] = &[
@@ -41,15 +42,6 @@ const INITRAMFS: &str = "MODULES=list\nCOMPRESS=zstd\nRESUME=none\n";
 /// Where its initial RAM disk cannot be packed so.
 const INITRAMFS_GZIP: &str = "MODULES=list\nCOMPRESS=gzip\nRESUME=none\n";
 
-const NETWORK: &str = "\
-[Match]
-Type=ether
-
-[Network]
-DHCP=ipv4
-LinkLocalAddressing=no
-";
-
 const INTERFACES: &str = "auto lo\niface lo inet loopback\n\nallow-hotplug eth0\nauto eth0\niface \
                           eth0 inet dhcp\n";
 
@@ -82,19 +74,6 @@ RemainAfterExit=yes
 
 [Install]
 WantedBy=multi-user.target
-";
-
-const READY_UNIT: &str = "\
-[Unit]
-Description=Tell the host that this machine is ready
-After=ssh.service systemd-networkd.service
-
-[Service]
-Type=oneshot
-StandardOutput=tty
-TTYPath=/dev/console
-ExecStart=/bin/echo lodge-ready
-RemainAfterExit=yes
 ";
 
 const INIT_SCRIPT: &str = r#"#!/bin/sh
@@ -246,10 +225,10 @@ fn systemd(contents: &mut Contents, suite: &str) {
     }
     let units = "etc/systemd/system";
     contents.late.extend([
-        file("etc/systemd/network/50-lodge.network", 0o644, NETWORK),
+        file("etc/systemd/network/50-lodge.network", 0o644, recipe::NETWORK),
         file(&format!("{units}/vm-bootstrap.service"), 0o644, UNIT),
         file(&format!("{units}/lodge-keys.service"), 0o644, KEYS_UNIT),
-        file(&format!("{units}/lodge-ready.service"), 0o644, READY_UNIT),
+        file(&format!("{units}/lodge-ready.service"), 0o644, recipe::READY_UNIT),
     ]);
     for unit in ["vm-bootstrap", "lodge-keys", "lodge-ready"] {
         let link = format!("{units}/multi-user.target.wants/{unit}.service");
@@ -257,14 +236,7 @@ fn systemd(contents: &mut Contents, suite: &str) {
     }
     let wanted = format!("{units}/multi-user.target.wants/systemd-networkd.service");
     contents.links.push((wanted, "/lib/systemd/system/systemd-networkd.service".into()));
-    for idle in [
-        "apt-daily.timer",
-        "apt-daily-upgrade.timer",
-        "systemd-networkd-wait-online.service",
-        "e2scrub_reap.service",
-    ] {
-        contents.links.push((format!("{units}/{idle}"), "/dev/null".into()));
-    }
+    contents.links.extend(recipe::IDLE.iter().map(masked));
 }
 
 fn sysvinit(contents: &mut Contents) {
