@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use crate::run::{command, say};
 
-const TARGETS: &[&str] = &["flist_file", "flist_message"];
+const TARGETS: &[&str] = &["disk", "flist_file", "flist_message"];
 /// Each is fuzzed for so long.
 const SECONDS: u32 = 20;
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \

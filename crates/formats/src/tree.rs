@@ -301,6 +301,9 @@ impl<C> Tree<C> {
 
     /// Takes a name away; a directory's only if it is empty.
     fn remove(&mut self, path: &str) -> Result<(), Error> {
+        if path.is_empty() {
+            return Err(Error::new("/", "the root is a directory and nothing else"));
+        }
         let index = self.by_path[path];
         if self.children.get(path).is_some_and(|below| !below.is_empty()) {
             return Err(Error::new(path, "a file in place of a directory that is not empty"));
@@ -456,6 +459,19 @@ mod tests {
             Kind::File { contents, .. } => Some(contents),
             _ => None,
         }
+    }
+
+    #[test]
+    fn the_root_stays_a_directory() {
+        let mut tree = Tree::new(0);
+        tree.lay(file("a", 1)).unwrap();
+        tree.forget("a");
+        assert!(tree.lay(file("", 2)).is_err());
+        assert!(tree.lay(link("", "a")).is_err());
+        tree.lay(file("b", 3)).unwrap();
+        assert!(tree.lay_link("", "b").is_err());
+        assert!(tree.insert(file("", 4)).is_err());
+        assert_eq!(content(&tree, "b"), Some(3));
     }
 
     #[test]

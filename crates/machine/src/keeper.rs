@@ -163,6 +163,7 @@ impl<H: Host> Keeper<H> {
             stop_timeout: STOP_TIMEOUT,
             this_time: None,
             wrote_us: 0,
+            told: 0,
             timers: 0,
             taken_up,
             leave: Box::new(move || drop(self.machines.write().expect("not poisoned").remove(&id))),

@@ -20,6 +20,8 @@ pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a guest writes into its metadata is an event at most this often.
 const WROTE_PACE_US: i64 = 2_000_000;
+/// Events of one run of a hypervisor that its guest can bring about by telling of its setting up.
+const TOLD: u32 = 1000;
 
 /// What everyone may know about a machine at any moment.
 #[derive(Clone, Debug)]
@@ -70,6 +72,8 @@ pub(crate) struct Task<H> {
     pub(crate) this_time: Option<Box<Machine>>,
     /// When an event last said that the guest had written.
     pub(crate) wrote_us: i64,
+    /// How many events there may still be of what this guest tells of its setting up.
+    pub(crate) told: u32,
     /// Timers of earlier generations are void.
     pub(crate) timers: u64,
     /// Dropped once what is published is what is.
@@ -121,6 +125,7 @@ impl<H: Host> Task<H> {
     fn listen(&mut self) -> Sink {
         let (sink, reports) = mpsc::unbounded_channel();
         self.reports = Some(reports);
+        self.told = TOLD;
         sink
     }
 
@@ -344,7 +349,10 @@ impl<H: Host> Task<H> {
         let exit = exit.map(|exit| format!(", exit status {exit}")).unwrap_or_default();
         let detail = format!("run {runs} of {limit} {stage}{exit}");
         Arc::make_mut(&mut self.record).bootstrap = Some(told);
-        if let Err(error) = self.persist(vec![("bootstrap".into(), detail)]).await {
+        // A guest that tells without end does not fill the log.
+        self.told = self.told.saturating_sub(1);
+        let events = if self.told > 0 { vec![("bootstrap".into(), detail)] } else { Vec::new() };
+        if let Err(error) = self.persist(events).await {
             let detail = error.to_string();
             return self.note(Mark { kind: "error".into(), detail, at_us: None }).await;
         }

@@ -32,6 +32,8 @@ const VISITORS: usize = 64;
 const HEADERS: Duration = Duration::from_secs(10);
 /// From the first byte of a request to the last one of its answer.
 const WHOLE: Duration = Duration::from_secs(120);
+/// A report takes a transaction of the daemon; a guest makes them no faster than this.
+const REPORT_PACE: Duration = Duration::from_millis(50);
 /// Bytes of one request's body.
 const MAX_BODY: usize = 1 << 20;
 /// Bytes of all that a guest has sent and that is kept.
@@ -87,7 +89,12 @@ async fn answer(shared: &Rc<Shared>, request: Request<Incoming>) -> Answer {
                 kind.as_bytes().starts_with(b"application/x-www-form-urlencoded")
             });
             match path.as_str() {
-                REPORT => report(shared, &body),
+                REPORT => {
+                    let _one = shared.reporting.lock().await;
+                    let answer = report(shared, &body);
+                    tokio::time::sleep(REPORT_PACE).await;
+                    answer
+                }
                 _ if form => upload(&shared.plan.bootstrap.uploads, &body),
                 _ => plain(StatusCode::UNSUPPORTED_MEDIA_TYPE, "send a url-encoded form"),
             }

@@ -38,6 +38,8 @@ pub(super) struct Shared {
     forwards: RefCell<Vec<(Forward, tokio::task::JoinHandle<()>)>>,
     /// How many guests' connections are served at once.
     pub(super) visitors: Cell<usize>,
+    /// Held while one of the guest's reports is taken in.
+    pub(super) reporting: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -98,6 +100,7 @@ async fn run(started: Started) {
         networks: RefCell::default(),
         forwards: RefCell::default(),
         visitors: Cell::default(),
+        reporting: tokio::sync::Mutex::default(),
     });
     let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));

@@ -48,7 +48,6 @@ const INTERFACES: &str = "auto lo\niface lo inet loopback\n\nallow-hotplug eth0\
 const UNIT: &str = "\
 [Unit]
 Description=Set this machine up with the script that its host serves
-Documentation=man:systemd.service(5)
 After=local-fs.target lodge-keys.service
 Wants=network.target
 
