@@ -64,6 +64,11 @@ impl Root {
         Config { flist, cache, layer, store, uid: user(), task }
     }
 
+    /// The flist says all that is to be on the command line.
+    pub fn says_all(&self) -> bool {
+        self.found.nodefault
+    }
+
     /// The kernel's command line, by the flist's own rules.
     pub fn cmdline(&self, added: &str) -> String {
         let (common, root) = match (self.found.nodefault, self.found.by_yaml, self.transport) {

@@ -17,6 +17,7 @@ use crate::backend::{
     Tap, Unsupported, WardenPlan,
 };
 use crate::facts::Facts;
+use crate::flist::root::Root;
 use crate::kvm::KvmFact;
 
 use devices::Arguments;
@@ -274,7 +275,8 @@ fn boot(
                 args.add("-initrd", "/initrd");
             }
             let mut cmdline = cmdline.clone();
-            if accel == Accel::Tcg {
+            let open = !survey.root.as_ref().is_some_and(Root::says_all);
+            if accel == Accel::Tcg && open {
                 // On a busy host the ticks that Linux waits for come late, and it gives up: it
                 // takes a slow timer for a broken one. On real ones it does not look either.
                 cmdline.push_str(" no_timer_check");
