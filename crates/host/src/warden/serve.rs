@@ -43,6 +43,23 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    fn new(plan: WardenPlan, pid: u32, log: std::fs::File) -> Self {
+        // Room for the messages of a moment; a reader that falls behind skips.
+        Self {
+            mdata: RefCell::default(),
+            screen: RefCell::default(),
+            status: RefCell::new(Status { pid, ..Status::default() }),
+            log: RefCell::new(Log::new(plan.console_log.clone(), log)),
+            output: broadcast::channel(64).0,
+            tells: broadcast::channel(64).0,
+            networks: RefCell::default(),
+            forwards: RefCell::default(),
+            visitors: Cell::default(),
+            reporting: tokio::sync::Mutex::default(),
+            plan,
+        }
+    }
+
     pub(super) fn tell(&self, tell: Tell) {
         // Nobody may be connected; the status keeps what matters.
         let _ = self.tells.send(tell);
@@ -88,20 +105,7 @@ async fn run(started: Started) {
     } = started;
     let ready = plan.ready.as_deref().unwrap_or("");
     let regex = ready.strip_prefix("console:").and_then(|r| Regex::new(r).ok());
-    // Room for the messages of a moment; a reader that falls behind skips.
-    let shared = Rc::new(Shared {
-        plan: plan.clone(),
-        mdata: RefCell::default(),
-        screen: RefCell::default(),
-        status: RefCell::new(Status { pid, ..Status::default() }),
-        log: RefCell::new(Log::new(plan.console_log.clone(), log)),
-        output: broadcast::channel(64).0,
-        tells: broadcast::channel(64).0,
-        networks: RefCell::default(),
-        forwards: RefCell::default(),
-        visitors: Cell::default(),
-        reporting: tokio::sync::Mutex::default(),
-    });
+    let shared = Rc::new(Shared::new(plan.clone(), pid, log));
     let Ok((from_guest, to_guest)) = split(console) else { return };
     let to_guest = Rc::new(tokio::sync::Mutex::new(to_guest));
     show(&shared, screen);
