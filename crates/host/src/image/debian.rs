@@ -213,11 +213,15 @@ impl Make<'_> {
     }
 }
 
-/// Folders that apt gives to a user of its own where that user could reach our scratch: they belong
-/// to root wherever the tree was made. Apt gives them away again when it needs to.
+/// Folders that apt gives to a user of its own where that user could reach our scratch, and the one
+/// into which the cache's owner is copied with the cache: they belong to root wherever the tree was
+/// made, and whoever made it. Apt gives them away again when it needs to.
 fn settle_owners(tree: &Path) -> io::Result<()> {
-    const FOLDERS: [&[u8]; 2] =
-        [b"./var/lib/apt/lists/partial", b"./var/cache/apt/archives/partial"];
+    const FOLDERS: [&[u8]; 3] = [
+        b"./var/lib/apt/lists/partial",
+        b"./var/cache/apt/archives",
+        b"./var/cache/apt/archives/partial",
+    ];
     let file = HostFile::options().read(true).write(true).open(tree)?;
     let mut headers = Vec::new();
     for entry in tar::Archive::new(io::BufReader::new(&file)).entries_with_seek()? {
