@@ -27,17 +27,6 @@ pub enum Stage {
     GivenUp,
 }
 
-impl Stage {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Stage::Running => "running",
-            Stage::Failed => "failed",
-            Stage::Succeeded => "succeeded",
-            Stage::GivenUp => "given-up",
-        }
-    }
-}
-
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     pub stage: Stage,

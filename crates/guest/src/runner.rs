@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread::sleep;
 use std::time::Duration;
 
 use lodge_guest::{Report, Stage, TAIL};
@@ -75,7 +76,7 @@ impl Runner<'_> {
                 }
                 Err(missing) => {
                     self.log.say_once(&format!("{}; waiting for a script", missing.why));
-                    script::sleep(pause);
+                    sleep(pause);
                     pause = (pause * 2).min(FETCH_PAUSES.1);
                     continue;
                 }
@@ -85,7 +86,7 @@ impl Runner<'_> {
             if let Err(error) = kept {
                 let dir = self.folder.path().display();
                 self.log.say_once(&format!("{dir} cannot be written, so nothing is run: {error}"));
-                script::sleep(DISK_PAUSE);
+                sleep(DISK_PAUSE);
                 continue;
             }
             if let Some(ended) = self.one(runs + 1, &body) {
@@ -120,7 +121,7 @@ impl Runner<'_> {
             return Some(self.give_up(run, limit, Some(exit)));
         }
         self.tell(Stage::Failed, run, Some(exit));
-        script::sleep(self.folder.pause(run));
+        sleep(self.folder.pause(run));
         None
     }
 
@@ -172,7 +173,7 @@ impl Runner<'_> {
         while !self.folder.armed() {
             self.log.say_once("start-bootstrap is not there: nothing runs until it is");
             if await_change(self.folder.path(), || self.folder.armed()).is_err() {
-                script::sleep(DISK_PAUSE);
+                sleep(DISK_PAUSE);
             }
         }
     }
@@ -190,7 +191,7 @@ impl Runner<'_> {
             if fetch::report(url, &report).is_ok() {
                 return;
             }
-            script::sleep(pause);
+            sleep(pause);
         }
         if let Err(why) = fetch::report(url, &report) {
             self.log.say(&format!("{url}: {why}"));

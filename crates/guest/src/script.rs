@@ -6,7 +6,6 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::Duration;
 
 use crate::folder::Folder;
 
@@ -108,11 +107,6 @@ fn interpreter(path: &Path) -> io::Result<Command> {
 
 fn code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1)
-}
-
-/// What is waited between two looks at a clock that nothing tells of.
-pub(crate) fn sleep(pause: Duration) {
-    std::thread::sleep(pause);
 }
 
 #[cfg(test)]

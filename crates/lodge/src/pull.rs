@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use lodge_host::image::matrix::{Compress, Entry, Made, Matrix, sums};
+use lodge_host::image::matrix::{Compress, Entry, Made, Matrix};
 use lodge_host::paths::{Paths, make_dir, write_atomically};
 use lodge_host::shacache::{self, Config, Digest, Filter};
 use serde_json::{Map, Value, json};
@@ -112,7 +112,7 @@ pub(crate) fn uploads(flag: bool, config: &Path) -> Result<Option<Config>> {
 pub(crate) fn upload(config: &Config, matrix: &Matrix, made: &[Made], out: &Path) -> Result<bool> {
     let (mut lines, mut fine) = (String::new(), true);
     for image in made {
-        let Some(file) = image.files.first() else { continue };
+        let Some((file, sums)) = image.files.first() else { continue };
         let entry = matrix.images.iter().find(|entry| entry.distro == image.distro);
         let metadata = describe(image, entry, matrix.compress.first().copied());
         match shacache::upload(config, file, KEY, metadata) {
@@ -120,8 +120,7 @@ pub(crate) fn upload(config: &Config, matrix: &Matrix, made: &[Made], out: &Path
                 let how = if done.known { "is there already" } else { "uploaded" };
                 writeln!(std::io::stderr(), "{}: {how}", image.name)?;
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
-                let md5 = told(sums(file).map(|sums| sums.md5).map_err(|e| e.to_string()))?;
-                lines += &format!("{name}  {}   {md5}\n", done.url);
+                lines += &format!("{name}  {}   {}\n", done.url, sums.md5);
                 let text = format!("{}\n", Value::Object(done.metadata));
                 write_atomically(&out.join("metadata.json"), text.as_bytes())?;
                 write_atomically(&out.join("URL.txt"), lines.as_bytes())?;

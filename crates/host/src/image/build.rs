@@ -93,15 +93,10 @@ impl Images {
         let part = tempfile::Builder::new().prefix("part-").tempfile_in(self.paths.blobs());
         let part = part.map_err(text)?;
         part.as_file().set_len(size).map_err(text)?;
-        let mut uuid = [0; 16];
-        for (byte, pair) in uuid.iter_mut().zip(identity.as_bytes().chunks(2)) {
-            let pair = std::str::from_utf8(pair).unwrap_or("00");
-            *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
-        }
         let options = ext4::Options {
             size,
             label: "root".into(),
-            uuid,
+            uuid: super::store::identity(&identity),
             time: 1_700_000_000,
             style: ext4::Style::Ext4,
         };

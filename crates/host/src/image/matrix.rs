@@ -16,7 +16,7 @@ use serde::Deserialize;
 use super::debian::{Suite, is_package};
 
 pub use make::{Made, Outcome, Progress, Work, build};
-pub use pack::{Sums, sums};
+pub use pack::Sums;
 
 /// Bytes of what a size is called: decimal gigabytes.
 const GB: u64 = 1_000_000_000;

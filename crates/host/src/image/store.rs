@@ -304,6 +304,16 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// The identity of what has a digest: the digest's first half.
+pub(super) fn identity(digest: &str) -> [u8; 16] {
+    let mut identity = [0; 16];
+    for (byte, pair) in identity.iter_mut().zip(digest.as_bytes().chunks(2)) {
+        let pair = std::str::from_utf8(pair).unwrap_or("00");
+        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
+    }
+    identity
+}
+
 /// The SHA-256 of a file.
 pub fn digest_of(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;

@@ -19,7 +19,7 @@ use super::provenance::{self, Output, Package, Provenance};
 use super::{Compress, Entry, GB, Matrix, contents};
 use crate::image::build::Tell;
 use crate::image::debian::Make;
-use crate::image::store::{digest_of, hex};
+use crate::image::store::{digest_of, hex, identity};
 use crate::paths::{sibling_program, write_atomically};
 
 /// A tree that is made takes about this much memory, in processes and in pages.
@@ -51,8 +51,8 @@ pub struct Made {
     /// Decimal gigabytes.
     pub size: u64,
     pub outcome: Outcome,
-    /// Its files; none where it failed.
-    pub files: Vec<PathBuf>,
+    /// Its files with their digests; none where it failed.
+    pub files: Vec<(PathBuf, Sums)>,
 }
 
 /// Hears of steps: an image's or a distribution's name, then as `Tell`.
@@ -72,7 +72,7 @@ struct Build<'a> {
     matrix: &'a Matrix,
     work: &'a Work,
     runner: Vec<u8>,
-    grub: Grub,
+    grub: Arc<Grub>,
     progress: Progress,
     room: Semaphore,
     /// One image is packed at a time: that takes all processors.
@@ -89,7 +89,7 @@ pub async fn build(matrix: &Matrix, work: &Work, progress: Progress) -> Result<V
     for folder in [&work.out, &work.out.join("log"), &work.cache] {
         fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     }
-    let grub = Grub::make().await?;
+    let grub = Arc::new(Grub::make().await?);
     let side_by_side = (available_memory() / TREE_MEMORY).clamp(1, 8) as usize;
     let room = Semaphore::new(
         side_by_side.min(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -155,13 +155,13 @@ impl Build<'_> {
         let _alone = alone(kept.join(format!("{shared}.lock"))).await?;
         let keyring = suite.keyring.map(digest_of).transpose();
         let keyring = keyring.map_err(|e| format!("the keyring: {e}"))?.unwrap_or_default();
+        let labelled = provenance::digest(&[&recipe, &keyring]);
         let inputs = match make.resolve(temporary.path()).await {
             Ok(versions) => provenance::digest(&[&recipe, &keyring, &versions.join("\n")]),
             Err(why) => {
                 // What is there is not made worse by a mirror that does not answer.
-                let recipe = provenance::digest(&[&recipe, &keyring]);
                 let known = fs::read_to_string(&label).unwrap_or_default();
-                let known = known.split_once('\n').filter(|(r, _)| *r == recipe);
+                let known = known.split_once('\n').filter(|(r, _)| *r == labelled);
                 let Some((_, inputs)) = known.filter(|_| !self.work.afresh) else {
                     return Err(why);
                 };
@@ -179,8 +179,7 @@ impl Build<'_> {
             let done = done.and_then(|()| fs::rename(&part, &archive));
             done.map_err(|e| format!("{}: {e}", archive.display()))?;
             forget_older(&label, &kept, &inputs);
-            let recipe = provenance::digest(&[&recipe, &keyring]);
-            let _ = write_atomically(&label, format!("{recipe}\n{inputs}").as_bytes());
+            let _ = write_atomically(&label, format!("{labelled}\n{inputs}").as_bytes());
         }
         let packages = fs::read(archive.with_extension("json")).ok();
         let packages = packages.and_then(|text| serde_json::from_slice(&text).ok());
@@ -194,7 +193,7 @@ impl Build<'_> {
         size: u64,
         name: &str,
         tree: &Tree,
-    ) -> Result<(Outcome, Vec<PathBuf>), String> {
+    ) -> Result<(Outcome, Vec<(PathBuf, Sums)>), String> {
         let folder = self.work.out.join(format!("output-{name}"));
         let base = format!("packer-{name}");
         let grub = &self.grub;
@@ -222,7 +221,12 @@ impl Build<'_> {
         });
         if same && !self.work.afresh {
             (self.progress)(name, "unchanged", 0, 0);
-            return Ok((Outcome::Unchanged, outputs));
+            // Taken from the files themselves: somebody may have changed them.
+            let sums = outputs.into_iter().map(|path| match pack::sums(&path) {
+                Ok(sums) => Ok((path, sums)),
+                Err(e) => Err(format!("{}: {e}", path.display())),
+            });
+            return Ok((Outcome::Unchanged, sums.collect::<Result<_, _>>()?));
         }
         let begun = Instant::now();
         let _packing = self.packing.lock().await;
@@ -231,11 +235,12 @@ impl Build<'_> {
         let part = part.map_err(|e| format!("{}: {e}", folder.display()))?;
         let raw = part.path().join(&base);
         self.disk(entry, size, name, tree, &raw).await?;
-        let mut written = Vec::new();
+        let (mut written, mut made) = (Vec::new(), Vec::new());
         for (form, to) in self.forms(&outputs) {
             let sums = self.finish(name, form, &raw, to, part.path()).await?;
             let file = to.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            written.push(Output { file, sums });
+            written.push(Output { file, sums: sums.clone() });
+            made.push((to.clone(), sums));
         }
         let provenance = Provenance {
             image: name.to_owned(),
@@ -249,7 +254,7 @@ impl Build<'_> {
             outputs: written,
         };
         provenance.write(&beside).map_err(|e| format!("{}: {e}", beside.display()))?;
-        Ok((Outcome::Built { seconds: begun.elapsed().as_secs_f64() }, outputs))
+        Ok((Outcome::Built { seconds: begun.elapsed().as_secs_f64() }, made))
     }
 
     fn forms<'a>(&self, outputs: &'a [PathBuf]) -> Vec<(Option<Compress>, &'a PathBuf)> {
@@ -267,17 +272,9 @@ impl Build<'_> {
         raw: &Path,
     ) -> Result<(), String> {
         let (own, tree_path, contents) = (name.to_owned(), tree.archive.clone(), tree.contents);
-        let mut root = [0; 16];
-        for (byte, at) in root.iter_mut().zip((0..32).step_by(2)) {
-            *byte = u8::from_str_radix(&tree.inputs[at..at + 2], 16).unwrap_or(0);
-        }
+        let root = identity(&tree.inputs);
         let identities = contents::identities(&format!("{}-{}", entry.distro, self.matrix.name));
-        let grub = Grub {
-            boot: self.grub.boot.clone(),
-            core: self.grub.core.clone(),
-            efi: self.grub.efi.clone(),
-        };
-        let (progress, raw) = (self.progress.clone(), raw.to_owned());
+        let (grub, progress, raw) = (self.grub.clone(), self.progress.clone(), raw.to_owned());
         let work = move || {
             let plan = Plan { tree: &tree_path, contents, size: size * GB, identities, root };
             let out = File::options().write(true).create_new(true).open(&raw);
@@ -347,8 +344,7 @@ fn write_sums(out: &Path, made: &[Made]) -> Result<(), String> {
     let (mut sha512, mut md5) = (String::new(), String::new());
     let longest = made.iter().map(|m| m.files.len()).max().unwrap_or(0);
     for nth in 0..longest {
-        for file in made.iter().filter_map(|m| m.files.get(nth)) {
-            let sums = pack::sums(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        for (file, sums) in made.iter().filter_map(|m| m.files.get(nth)) {
             let shown = file.strip_prefix(out).unwrap_or(file).display();
             sha512 += &format!("{}  {shown}\n", sums.sha512);
             md5 += &format!("{}  {shown}\n", sums.md5);

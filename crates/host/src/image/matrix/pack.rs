@@ -126,7 +126,7 @@ fn deflate(piece: &[u8], last: bool) -> io::Result<Vec<u8>> {
     }
 }
 
-pub fn sums(path: &Path) -> io::Result<Sums> {
+pub(super) fn sums(path: &Path) -> io::Result<Sums> {
     let mut file = File::open(path)?;
     let (mut sha512, mut md5, mut bytes) = (Sha512::new(), Md5::new(), 0);
     let mut buffer = vec![0; PIECE];
