@@ -181,7 +181,7 @@ impl Make<'_> {
         let group = Group(child.id());
         let mut said = BufReader::new(child.stderr.take().expect("piped")).lines();
         let mut told = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let (mut last, mut open) = (Vec::new(), (true, true));
+        let (mut why, mut open) = (Why::default(), (true, true));
         while open.0 || open.1 {
             let line = tokio::select! {
                 line = said.next_line(), if open.0 => {
@@ -198,18 +198,43 @@ impl Make<'_> {
                 let _ = writeln!(log, "{line}");
             }
             hear(&line);
-            if !line.starts_with("I: ") && !line.starts_with("Inst ") {
-                last.push(line);
-                let excess = last.len().saturating_sub(8);
-                last.drain(..excess);
-            }
+            why.hear(line);
         }
         let status = child.wait().await.map_err(|e| tool.start_error(e).to_string())?;
         drop(group);
         match status.success() {
             true => Ok(()),
-            false => Err(format!("mmdebstrap failed: {}", last.join("; "))),
+            false => Err(format!("mmdebstrap failed: {}", why.said())),
         }
+    }
+}
+
+/// What of a failed tool's words says why it failed.
+#[derive(Default)]
+struct Why {
+    /// The first complaints, which those after them follow from.
+    complaints: Vec<String>,
+    last: Vec<String>,
+}
+
+impl Why {
+    fn hear(&mut self, line: String) {
+        let complaint = line.strip_prefix("E: ").or_else(|| line.strip_prefix("dpkg: error "));
+        if let Some(complaint) = complaint
+            && self.complaints.len() < 2
+        {
+            self.complaints.push(complaint.to_owned());
+        }
+        if !line.starts_with("I: ") && !line.starts_with("Inst ") {
+            self.last.push(line);
+            let excess = self.last.len().saturating_sub(8);
+            self.last.drain(..excess);
+        }
+    }
+
+    fn said(&self) -> String {
+        let lines = if self.complaints.is_empty() { &self.last } else { &self.complaints };
+        lines.join("; ")
     }
 }
 

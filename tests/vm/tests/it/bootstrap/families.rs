@@ -2,15 +2,16 @@
 //! under both inits.
 
 use std::fs;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use lodge_vm_tests::Lab;
 use lodge_vm_tests::bootstrap::{Asked, Qemu, Reply, Web, build, family_home, unpack};
 use lodge_vm_tests::lab::{command, program};
 use lodge_vm_tests::python::{environment, must};
+use lodge_vm_tests::{Lab, need};
 
 const SYSTEMD: &str = "images: [{distro: debian12, sizes: [50, 3]}]\n";
 const SYSVINIT: &str = "name: sysv-bootstrap\ncompress: [zstd]\nimages: [{distro: debian12, sizes: \
@@ -81,6 +82,38 @@ fn cases_b1_b2_and_b5_the_same_inputs_give_the_same_bytes() {
     let said = build(lab.home(), &folder, SYSTEMD, &[]);
     assert!(said.contains("50G-vm-bootstrap: unchanged"), "{said}");
     assert!(said.contains("3G-vm-bootstrap: built"), "{said}");
+}
+
+/// A user with subordinate identities, as every distribution gives its users, and no rights besides.
+#[test]
+fn case_b3_an_ordinary_users_build_has_the_same_bytes() {
+    const NOBODY: u32 = 65534;
+    need!(command("newuidmap").output().is_ok(), "uidmap");
+    let known = family("debian", SYSTEMD);
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let folder = home.join("out");
+    fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("build-vm-bootstrap.yml");
+    fs::write(&file, SYSTEMD).unwrap();
+    let ids = home.join("ids");
+    fs::write(&ids, "nobody:200000:65536\n").unwrap();
+    for path in [home, &folder, &file] {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let script = "mount --bind \"$1\" /etc/subuid; mount --bind \"$1\" /etc/subgid; shift; exec \
+                  setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"";
+    let mut lodge = command("unshare");
+    lodge.args(["-m", "sh", "-e", "-c", script, "sh"]).arg(&ids).arg(program());
+    lodge.args(["image", "matrix"]).arg(&file).env("LODGE_HOME", home);
+    must(lodge.env("HOME", home).output());
+    let image = "debian12-3G-vm-bootstrap";
+    if inputs(&known, image) != inputs(&folder, image) {
+        // A mirror has changed between the two.
+        build(&family_home(), &known, SYSTEMD, &[]);
+    }
+    assert_eq!(inputs(&known, image), inputs(&folder, image));
+    assert_eq!(digest(&known, image), digest(&folder, image));
 }
 
 #[test]
@@ -185,6 +218,25 @@ fn sysvinit_starts_the_runner_as_well() {
     let guest = Qemu::start(dir.path(), Some((web.port, false)), &["-drive", &drive]);
     let text = guest.until("SET-UP");
     assert!(text.contains(" init packer-debian12-sysv-bootstrap"), "{text}");
+}
+
+/// The release before and the one after, from mirrors that are named and from Debian's own.
+#[test]
+fn other_releases_run_the_script_as_well() {
+    const OTHERS: &str = "compress: [zstd]\nimages:\n  - {distro: debian11, sizes: [2], mirrors: \
+                          ['http://deb.debian.org/debian']}\n  - {distro: debian13, sizes: [2]}\n";
+    let folder = family("others", OTHERS);
+    for distro in ["debian11", "debian13"] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = unpack(&folder, &format!("{distro}-2G-vm-bootstrap"), dir.path());
+        let web = served();
+        let drive = format!("file={},if=virtio,format=qcow2", disk.display());
+        let guest = Qemu::start(dir.path(), Some((web.port, false)), &["-drive", &drive]);
+        let text = guest.until("SET-UP");
+        assert!(text.contains(&format!("systemd packer-{distro}-vm-bootstrap EFI-\r")), "{text}");
+        assert!(text.contains("root L"), "nobody has a password: {text}");
+        assert_eq!(web.count("GET", "/vm-bootstrap"), 1);
+    }
 }
 
 /// The lines of the guide, with the playbook as it is installed but for its distributions.
