@@ -102,6 +102,29 @@ fn a_script_is_run_and_its_outcome_is_known() {
     assert!(said.contains("bootstrap.source: /nowhere"), "{said}");
 }
 
+/// What is not there and what is broken are told apart, at once; that the daemon is gone is nothing
+/// to a guest.
+#[test]
+fn case_h3_a_dead_helper_is_an_answer() {
+    let lab = Lab::new();
+    let file = script(&lab, "echo still served\n");
+    start(&lab, "one", false, &["--bootstrap", &file]);
+    lab.until("the shell", || lab.console_text("one").contains("/root #"));
+    lab.kill_daemon();
+    let fetch = |number: u32, answer: &str| {
+        let typed =
+            format!("wget -q -O - http://10.0.2.100/vm-bootstrap 2>&1; echo FETCHED-{number}-$?\n");
+        lab.type_and_see("one", &typed, answer);
+    };
+    fetch(1, "still served");
+    let id = lab.machine("one")["id"].as_str().unwrap().to_owned();
+    let kept = lab.home().join("run/m").join(id.replace('-', "")).join("vm-bootstrap");
+    fs::remove_file(&kept).unwrap();
+    fetch(2, "404 Not Found");
+    fs::create_dir(&kept).unwrap();
+    fetch(3, "503 Service Unavailable");
+}
+
 #[test]
 fn an_ordinary_users_guest_is_served_too() {
     let lab = Lab::of_user(4021);
