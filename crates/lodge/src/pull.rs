@@ -38,7 +38,10 @@ pub(crate) fn fetch(
             bail!("{source} is neither http://…, https://… nor shacache:KEY");
         }
         let (url, digests) = told(Digest::split(source))?;
-        let fetched = told(shacache::fetch(url, &digests, None, &folder, progress(url)))?;
+        // What is said of the server of images counts for all that comes from it.
+        let config = if config.exists() { Some(read(config)?) } else { None };
+        let tls = config.as_ref().and_then(|config| config.tls_for(url));
+        let fetched = told(shacache::fetch(url, &digests, tls, &folder, progress(url)))?;
         let name = url.rsplit('/').next().unwrap_or_default();
         return Ok(Fetched { path: fetched.path, name: stem(name) });
     };
@@ -49,7 +52,7 @@ pub(crate) fn fetch(
     let Some(base) = &config.download_cache else { bail!("download-cache-url is not set") };
     let url = format!("{base}/{}", pick.sha512);
     let digests = [Digest::Sha512(pick.sha512.to_ascii_lowercase())];
-    let tls = config.cache_tls.as_ref();
+    let tls = config.tls_for(&url);
     let fetched = told(shacache::fetch(&url, &digests, tls, &folder, progress(&url)))?;
     let title = pick.metadata.get("title").and_then(Value::as_str).unwrap_or(key);
     Ok(Fetched { path: fetched.path, name: stem(title.trim_start_matches("packerimage-")) })

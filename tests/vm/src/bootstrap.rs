@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::assets;
+use crate::keys::Pair;
 use crate::lab::{PATIENCE, command, program};
 
 /// One answer.
@@ -39,14 +40,40 @@ pub struct Web {
 
 impl Web {
     pub fn new(answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::of(None, answer)
+    }
+
+    /// Speaks TLS, with those alone whom the same authority has signed.
+    pub fn tls(
+        own: &Pair,
+        authority: &Pair,
+        answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        Self::of(Some(Arc::new(tls(own, authority))), answer)
+    }
+
+    fn of(
+        tls: Option<Arc<rustls::ServerConfig>>,
+        answer: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let asked: Arc<Mutex<Vec<(String, String)>>> = Arc::default();
         let (log, answer) = (asked.clone(), Arc::new(answer));
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (log, answer) = (log.clone(), answer.clone());
-                std::thread::spawn(move || serve(stream, &log, &*answer));
+                let (log, answer, tls) = (log.clone(), answer.clone(), tls.clone());
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(30)));
+                std::thread::spawn(move || match tls {
+                    None => serve(stream, &log, &*answer),
+                    Some(tls) => {
+                        let server = rustls::ServerConnection::new(tls).unwrap();
+                        let mut stream = rustls::StreamOwned::new(server, stream);
+                        serve(&mut stream, &log, &*answer);
+                        stream.conn.send_close_notify();
+                        let _ = stream.flush();
+                    }
+                });
             }
         });
         Self { port, asked }
@@ -59,12 +86,29 @@ impl Web {
     }
 }
 
+fn tls(own: &Pair, authority: &Pair) -> rustls::ServerConfig {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let certificate = |pair: &Pair| CertificateDer::from_pem_file(&pair.certificate).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate(authority)).unwrap();
+    let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(
+        Arc::new(roots),
+        provider.clone(),
+    );
+    let key = PrivateKeyDer::from_pem_file(&own.key).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider);
+    let config = config.with_safe_default_protocol_versions().unwrap();
+    let config = config.with_client_cert_verifier(clients.build().unwrap());
+    config.with_single_cert(vec![certificate(own)], key).unwrap()
+}
+
 fn serve(
-    mut stream: TcpStream,
+    mut stream: impl Read + Write,
     log: &Mutex<Vec<(String, String)>>,
     answer: &dyn Fn(&Asked) -> Reply,
 ) {
-    let _ = stream.set_read_timeout(Some(Duration::from_secs(30)));
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {

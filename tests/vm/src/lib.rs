@@ -6,6 +6,7 @@
 
 pub mod assets;
 pub mod bootstrap;
+pub mod keys;
 pub mod lab;
 pub mod metald;
 pub mod python;

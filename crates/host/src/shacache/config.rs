@@ -92,6 +92,13 @@ impl Config {
         Ok(config)
     }
 
+    /// With which keys a file is asked for: those of the server of files, at that server only.
+    pub fn tls_for(&self, url: &str) -> Option<&Tls> {
+        let base = self.download_cache.as_deref()?;
+        let there = url.strip_prefix(base).is_some_and(|rest| rest.starts_with('/'));
+        self.cache_tls.as_ref().filter(|_| there)
+    }
+
     /// Whether anybody's signature counts.
     pub fn trusts_somebody(&self) -> bool {
         !self.certificates.is_empty()

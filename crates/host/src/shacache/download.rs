@@ -176,6 +176,22 @@ enum Broken {
     ForGood(String),
 }
 
+/// What became of a request without an answer. Who the other side is, or that it does not know us,
+/// does not change by asking again.
+fn broken(error: ureq::Error) -> Broken {
+    match error {
+        ureq::Error::Io(error) if error.kind() != io::ErrorKind::InvalidData => {
+            Broken::Off(error.to_string())
+        }
+        ureq::Error::Io(error) => Broken::ForGood(error.to_string()),
+        error @ (ureq::Error::Timeout(_)
+        | ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Protocol(_)) => Broken::Off(error.to_string()),
+        error => Broken::ForGood(error.to_string()),
+    }
+}
+
 /// One connection. Returns how long the file is once it is all there.
 fn go_on(
     agent: &ureq::Agent,
@@ -183,14 +199,13 @@ fn go_on(
     file: &mut File,
     done: &mut impl FnMut(u64, u64),
 ) -> Result<u64, Broken> {
-    let off = |e: &dyn std::fmt::Display| Broken::Off(e.to_string());
     let full = |e: io::Error| Broken::ForGood(e.to_string());
     let mut at = file.metadata().map_err(full)?.len();
     let mut request = agent.get(url).header("accept-encoding", "identity");
     if at > 0 {
         request = request.header("range", format!("bytes={at}-"));
     }
-    let answer = request.call().map_err(|e| off(&e))?;
+    let answer = request.call().map_err(broken)?;
     let header = |name: &str| answer.headers().get(name)?.to_str().ok().map(str::to_owned);
     let length = header("content-length").and_then(|l| l.parse::<u64>().ok());
     let range = header("content-range").unwrap_or_default();

@@ -7,11 +7,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use lodge_vm_tests::Lab;
 use lodge_vm_tests::assets::boot_sector;
 use lodge_vm_tests::bootstrap::{Asked, Reply, Web, build, family_home, status};
 use lodge_vm_tests::lab::command;
-use lodge_vm_tests::python::must;
+use lodge_vm_tests::python::{environment, must};
+use lodge_vm_tests::{Lab, keys};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha512};
 
@@ -97,6 +97,8 @@ struct Shacache {
     lab: Lab,
     web: Web,
     state: Arc<Mutex<State>>,
+    /// Where both servers are.
+    base: String,
     config: PathBuf,
 }
 
@@ -106,18 +108,43 @@ impl Shacache {
         let state: Arc<Mutex<State>> = Arc::default();
         let own = state.clone();
         let web = Web::new(move |asked| answer(&own, asked));
+        let base = format!("http://127.0.0.1:{}", web.port);
+        Self::of(lab, web, state, base, "")
+    }
+
+    /// A server that speaks TLS with those alone whom its authority knows.
+    fn secured() -> Self {
+        let lab = Lab::new();
+        let state: Arc<Mutex<State>> = Arc::default();
+        let own = state.clone();
+        let authority = keys::authority(lab.home(), "authority");
+        let server = keys::signed(&authority, lab.home(), "server");
+        let client = keys::signed(&authority, lab.home(), "client");
+        let web = Web::tls(&server, &authority, move |asked| answer(&own, asked));
+        let base = format!("https://127.0.0.1:{}", web.port);
+        let more = ["shacache", "shadir"].map(|name| {
+            format!(
+                "{name}-ca-file = {}\n{name}-cert-file = {}\n{name}-key-file = {}\n",
+                authority.certificate.display(),
+                client.certificate.display(),
+                client.key.display()
+            )
+        });
+        Self::of(lab, web, state, base, &more.concat())
+    }
+
+    fn of(lab: Lab, web: Web, state: Arc<Mutex<State>>, base: String, more: &str) -> Self {
         let (key, certificate) = key(lab.home(), "own");
         let indented = fs::read_to_string(certificate).unwrap().replace('\n', "\n  ");
-        let base = format!("http://127.0.0.1:{}", web.port);
         let text = format!(
-            "[networkcache]\ndownload-cache-url = {base}/shacache\ndownload-dir-url = {base}/shadir\n\
+            "[networkcache]\n{more}download-cache-url = {base}/shacache\ndownload-dir-url = {base}/shadir\n\
              upload-cache-url = {base}/shacache\nupload-dir-url = {base}/shadir\n\
              signature-private-key-file = {}\nsignature-certificate-list =\n  {indented}\n",
             key.display()
         );
         let config = lab.home().join("shacache.cfg");
         fs::write(&config, text).unwrap();
-        Self { lab, web, state, config }
+        Self { lab, web, state, base, config }
     }
 
     fn pull(&self, source: &str, more: &[&str]) -> Result<String, String> {
@@ -134,7 +161,7 @@ impl Shacache {
     fn hold(&self, bytes: &[u8]) -> (String, String) {
         let digest = sha512(bytes);
         self.state.lock().unwrap().blobs.insert(digest.clone(), bytes.to_vec());
-        (format!("http://127.0.0.1:{}/shacache/{digest}", self.web.port), digest)
+        (format!("{}/shacache/{digest}", self.base), digest)
     }
 
     /// Files a record, signed by a key.
@@ -310,7 +337,7 @@ fn cases_d7_and_d8_records_that_cannot_be_believed_are_passed_over() {
 
 #[test]
 fn cases_d4_to_d6_what_is_uploaded_is_found_again() {
-    let server = Shacache::new();
+    let server = Shacache::secured();
     let folder = family_home().join("uploaded");
     let document = "images: [{distro: debian12, sizes: [4]}]\n";
     build(&family_home(), &folder, document, &[]);
@@ -351,11 +378,7 @@ fn cases_d4_to_d6_what_is_uploaded_is_found_again() {
     let image = "packer-debian12-4G-vm-bootstrap.gz";
     let packed = fs::read(folder.join("output-debian12-4G-vm-bootstrap").join(image)).unwrap();
     let (digest, md5) = (sha512(&packed), fs::read_to_string(folder.join("MD5SUM.txt")).unwrap());
-    let line = format!(
-        "{image}  http://127.0.0.1:{}/shacache/{digest}   {}\n",
-        server.web.port,
-        &md5[..32]
-    );
+    let line = format!("{image}  {}/shacache/{digest}   {}\n", server.base, &md5[..32]);
     assert_eq!(fs::read_to_string(folder.join("URL.txt")).unwrap(), line);
     let metadata: Value =
         serde_json::from_str(&fs::read_to_string(folder.join("metadata.json")).unwrap()).unwrap();
@@ -366,13 +389,69 @@ fn cases_d4_to_d6_what_is_uploaded_is_found_again() {
     assert_eq!(metadata, wanted);
     // What the line says is what SlapOS is given, and what is filed is believed.
     server
-        .pull(
-            &format!("http://127.0.0.1:{}/shacache/{digest}#{}", server.web.port, &md5[..32]),
-            &["--name", "by-url"],
-        )
+        .pull(&format!("{}/shacache/{digest}#{}", server.base, &md5[..32]), &["--name", "by-url"])
         .unwrap();
     server.pull("shacache:packer-images", &["distribution==debian", "disk-size==4"]).unwrap();
     let of = |name: &str| server.lab.json(&["image", "inspect", name])["disk"].clone();
     assert_eq!(of("by-url"), of("debian12-4g-vm-bootstrap"));
     assert_eq!(of("by-url")["virtual_bytes"], 4_000_000_000_u64);
+    // Its own tools believe it too, and are given what was sent.
+    let words = ["distribution==\"debian\"", "disk-size==4"];
+    assert_eq!(own_tool("networkcache-download", &server, &words), packed);
+}
+
+/// Runs a tool of the protocol's own library; gives what it printed.
+fn own_tool(name: &str, server: &Shacache, args: &[&str]) -> Vec<u8> {
+    let mut tool = command(own_tools().join(name));
+    tool.arg("-c").arg(&server.config).args(["-k", "packer-images"]).args(args);
+    let output = tool.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+fn own_tools() -> PathBuf {
+    environment(&["slapos.libnetworkcache==0.30"], true).join("bin")
+}
+
+#[test]
+fn what_its_own_tools_upload_is_pulled() {
+    let server = Shacache::secured();
+    let image = server.lab.home().join("image.gz");
+    fs::write(&image, packed(&boot_sector("theirs"))).unwrap();
+    let words = ["-f", image.to_str().unwrap(), "title=packerimage-Debian-12.gz", "version=12"];
+    own_tool("networkcache-upload", &server, &words);
+    let said = server.pull("shacache:packer-images", &["version==\"12\""]).unwrap();
+    assert!(said.contains("debian-12"), "{said}");
+    // A key of theirs, where it is not the one that signed.
+    let (theirs, certificate) = ("theirs.key", "theirs.crt");
+    let mut generate = command(own_tools().join("generate-signature-key"));
+    generate.args(["--cert-file", certificate, theirs, "theirs"]).current_dir(server.lab.home());
+    must(generate.output());
+    let key = server.lab.home().join(theirs);
+    let config = fs::read_to_string(&server.config).unwrap();
+    let own = server.lab.home().join("own.key");
+    let other = config.replace(own.to_str().unwrap(), key.to_str().unwrap());
+    fs::write(&server.config, &other).unwrap();
+    let said = server.pull("shacache:packer-images", &[]).unwrap_err();
+    assert!(said.contains("so nobody who reads this file would believe it"), "{said}");
+    let indented = |name: &str| {
+        fs::read_to_string(server.lab.home().join(name)).unwrap().replace('\n', "\n  ")
+    };
+    fs::write(&server.config, other.replace(&indented("own.crt"), &indented(certificate))).unwrap();
+    let said = server.pull("shacache:packer-images", &[]).unwrap_err();
+    assert!(said.contains("nobody who is trusted"), "{said}");
+    // Who is not known to the server, and whom we do not know.
+    let stranger = keys::authority(server.lab.home(), "stranger");
+    let client = server.lab.home().join("client.pem");
+    let (pem, key) = (stranger.certificate.display(), stranger.key.display());
+    let odd = config.replace(client.to_str().unwrap(), &pem.to_string());
+    let odd = odd.replace(server.lab.home().join("client.key").to_str().unwrap(), &key.to_string());
+    fs::write(&server.config, odd).unwrap();
+    let said = server.pull("shacache:packer-images", &[]).unwrap_err();
+    assert!(said.contains("shadir"), "{said}");
+    let authority = server.lab.home().join("authority.pem");
+    fs::write(&server.config, config.replace(authority.to_str().unwrap(), &pem.to_string()))
+        .unwrap();
+    let said = server.pull("shacache:packer-images", &[]).unwrap_err();
+    assert!(said.contains("certificate"), "{said}");
 }

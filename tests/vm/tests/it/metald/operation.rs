@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 
+use lodge_vm_tests::keys::{authority, signed};
 use lodge_vm_tests::lab::command;
 use lodge_vm_tests::metald::Server;
 use lodge_vm_tests::{Lab, need};
@@ -90,54 +91,11 @@ fn calls_are_traced_where_somebody_collects() {
 fn certificates_on_both_sides() {
     need!(command("openssl").arg("version").output().is_ok(), "openssl");
     let keys = tempfile::tempdir().unwrap();
+    let [ca, other] = ["ca", "other"].map(|name| authority(keys.path(), name));
+    for (by, name) in [(&ca, "server"), (&ca, "client"), (&other, "stranger")] {
+        signed(by, keys.path(), name);
+    }
     let at = |name: &str| keys.path().join(name).to_string_lossy().into_owned();
-    let openssl = |args: &[&str]| {
-        let output = command("openssl").args(args).current_dir(keys.path()).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    };
-    for ca in ["ca", "other"] {
-        let subject = format!("/CN={ca}");
-        let files = [format!("{ca}.key"), format!("{ca}.pem")];
-        openssl(&[
-            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", &subject,
-            "-keyout", &files[0], "-out", &files[1],
-        ]);
-    }
-    std::fs::write(at("names"), "subjectAltName=IP:127.0.0.1\n").unwrap();
-    for (name, ca) in [("server", "ca"), ("client", "ca"), ("stranger", "other")] {
-        let file = |end: &str| format!("{name}.{end}");
-        let subject = format!("/CN={name}");
-        openssl(&[
-            "req",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-subj",
-            &subject,
-            "-keyout",
-            &file("key"),
-            "-out",
-            &file("csr"),
-        ]);
-        let (ca_pem, ca_key) = (format!("{ca}.pem"), format!("{ca}.key"));
-        openssl(&[
-            "x509",
-            "-req",
-            "-in",
-            &file("csr"),
-            "-CA",
-            &ca_pem,
-            "-CAkey",
-            &ca_key,
-            "-days",
-            "2",
-            "-CAcreateserial",
-            "-extfile",
-            "names",
-            "-out",
-            &file("pem"),
-        ]);
-    }
     let settings = format!(
         "[metald.tls]\ncert = '{}'\nkey = '{}'\nclient_ca = '{}'\n",
         at("server.pem"),
