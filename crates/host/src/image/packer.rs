@@ -1,12 +1,17 @@
 //! Reads Packer templates, in JSON and in HCL, as descriptions: what maps to a family of images is
 //! taken over, what does not is named. Carries nothing out.
 
+mod answers;
+
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use self::answers::Answers;
 use super::debian::is_package;
+use crate::paths::open_beneath;
 
 /// What was made of a template.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,6 +24,8 @@ pub struct Imported {
 
 /// A disk without a unit is in MiB; this is what Packer makes where nobody says.
 const USUAL_MIB: u64 = 40_960;
+/// Bytes of a file of answers.
+const MAX_ANSWERS: u64 = 1 << 20;
 /// Fields of a builder that say how an installer runs, or what follows from Lodge's own way.
 const INSTALLER: &[&str] = &[
     "iso_url",
@@ -28,6 +35,7 @@ const INSTALLER: &[&str] = &[
     "boot_command",
     "boot_wait",
     "http_directory",
+    "http_content",
     "http_port_min",
     "http_port_max",
     "ssh_timeout",
@@ -163,7 +171,7 @@ impl Template {
     }
 
     fn import(mut self, path: &Path) -> Result<Imported, String> {
-        let (scripts, packages) = self.provision();
+        let (scripts, inline) = self.provision();
         let mut document = String::from("images:\n");
         let mut left = std::mem::take(&mut self.left);
         for (name, fields) in &self.builders {
@@ -183,22 +191,30 @@ impl Template {
                 ));
             }
             document += &format!("  - distro: {distro}\n    sizes: [{size}]\n");
-            let quoted = |list: &[String]| {
-                list.iter()
-                    .map(|s| Value::from(s.as_str()).to_string())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            };
+            let answers = answers(name, fields, path.parent().unwrap_or(Path::new("")));
+            left.extend(answers.left);
+            let mut packages = [&inline[..], &answers.packages[..]].concat();
+            packages.sort();
+            packages.dedup();
             if !packages.is_empty() {
-                document += &format!("    packages: [{}]\n", quoted(&packages));
+                document += &format!("    packages: {}\n", list(&packages));
             }
             if !scripts.is_empty() {
-                document += &format!("    scripts: [{}]\n", quoted(&scripts));
+                document += &format!("    scripts: {}\n", list(&scripts));
             }
-            let user = text("ssh_username");
-            if !user.is_empty() && user != "root" {
-                let user = Value::from(user);
-                document += &format!("    users: [{{name: {user}, sudo: true}}]\n");
+            let mut users = answers.users;
+            users.entry(text("ssh_username")).or_default();
+            users.retain(|user, _| !user.is_empty() && user != "root");
+            if !users.is_empty() {
+                let users = users.into_iter().map(|(user, keys)| {
+                    let keys = match keys.is_empty() {
+                        true => String::new(),
+                        false => format!(", ssh_keys: {}", list(&keys)),
+                    };
+                    format!("{{name: {}, sudo: true{keys}}}", Value::from(user))
+                });
+                let users: Vec<String> = users.collect();
+                document += &format!("    users: [{}]\n", users.join(", "));
             }
             left.extend(leftovers(name, fields));
         }
@@ -231,10 +247,51 @@ impl Template {
                 }
             }
         }
-        packages.sort();
-        packages.dedup();
         (scripts, packages)
     }
+}
+
+/// A list as it is written on one line.
+fn list(texts: &[String]) -> String {
+    Value::from(texts).to_string().replace("\",\"", "\", \"")
+}
+
+/// What the files say that a builder's installer would be served, from the template itself or from a
+/// folder beside it.
+fn answers(builder: &str, fields: &Map<String, Value>, folder: &Path) -> Answers {
+    let typed = fields
+        .get("boot_command")
+        .map(|typed| each(typed).into_iter().map(plain).collect::<String>());
+    let mut all = Answers::default();
+    for name in answers::files(&typed.unwrap_or_default()) {
+        let content = fields.get("http_content").and_then(|content| {
+            content.get(&name).or_else(|| content.get(format!("/{name}")))?.as_str()
+        });
+        let text = match (content, fields.get("http_directory")) {
+            (Some(content), _) => Ok(content.to_owned()),
+            (None, Some(served)) => read_beneath(&folder.join(plain(served)), &name),
+            (None, None) => Err(format!("{name}: it is served from nowhere")),
+        };
+        match text {
+            Ok(text) => {
+                let answers = Answers::read(&name, &text);
+                all.packages.extend(answers.packages);
+                all.users.extend(answers.users);
+                all.left.extend(answers.left.into_iter().map(|left| format!("{builder}: {left}")));
+            }
+            Err(why) => all.left.push(format!("{builder}: {why}")),
+        }
+    }
+    all
+}
+
+fn read_beneath(folder: &Path, name: &str) -> Result<String, String> {
+    let path = folder.join(name);
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let file = std::fs::File::from(open_beneath(folder, &path, flags)?);
+    let mut text = String::new();
+    let read = file.take(MAX_ANSWERS).read_to_string(&mut text);
+    read.map(|_| text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// What of a builder is not taken over.
@@ -409,6 +466,30 @@ mod tests {
             "images:\n  - distro: ubuntu-22.04-server\n    sizes: [25]\n    scripts: [\"a.sh\"]\n";
         assert_eq!(document, wanted);
         assert!(left.iter().any(|l| l.contains("\"ansible\"")), "{left:?}");
+    }
+
+    #[test]
+    fn what_the_installer_would_have_been_told_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let template = r#"{"builders": [{"type": "qemu", "name": "debian12", "disk_size": "5000",
+            "http_directory": "http", "ssh_username": "ann", "boot_command":
+            ["<esc>", "url=http://{{ .HTTPIP }}:{{ .HTTPPort }}/p12.cfg <enter>",
+             "x={{ .HTTPPort }}/../secret.cfg <enter>"]}]}"#;
+        std::fs::create_dir(dir.path().join("http")).unwrap();
+        std::fs::write(dir.path().join("secret.cfg"), "d-i pkgsel/include string hidden\n")
+            .unwrap();
+        let preseed = "d-i pkgsel/include string htop\nd-i passwd/username string bob\n";
+        std::fs::write(dir.path().join("http/p11.cfg"), preseed).unwrap();
+        std::os::unix::fs::symlink("p11.cfg", dir.path().join("http/p12.cfg")).unwrap();
+        let path = dir.path().join("t.json");
+        std::fs::write(&path, template).unwrap();
+        let Imported { document, left } = import(&path, &[]).unwrap();
+        assert_eq!(
+            document,
+            "images:\n  - distro: debian12\n    sizes: [5]\n    packages: [\"htop\"]\n    users: \
+             [{name: \"ann\", sudo: true}, {name: \"bob\", sudo: true}]\n"
+        );
+        assert!(left.iter().any(|l| l.contains("a link leads out of")), "{left:?}");
     }
 
     #[test]
