@@ -60,6 +60,10 @@ fn check() -> anyhow::Result<()> {
             "cargo",
             &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
         ),
+        Step::call("probe", || {
+            guest::probe(&["fmt", "--check"])?;
+            guest::probe(&["clippy", "--locked", "--", "-D", "warnings"])
+        }),
         // The list of known faults is fetched from where this host may not reach.
         Step::optional("deny", "cargo", &["deny", "check", "bans", "licenses", "sources"]),
         Step::call("tidy", tidy::tidy),
