@@ -134,6 +134,12 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
+/// This very program, also after another one has taken its place.
+pub fn own_program() -> io::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    Ok(if own.exists() { own } else { "/proc/self/exe".into() })
+}
+
 /// The program beside this one, or on PATH.
 pub fn sibling_program(name: &str) -> io::Result<PathBuf> {
     let own = std::env::current_exe()?;

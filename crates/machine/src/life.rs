@@ -59,6 +59,8 @@ pub enum Seen {
     Ready,
     /// The guest's kernel gave up; the line that says so.
     Panicked(String),
+    /// The hypervisor is there, and cannot run the guest any further; why.
+    Broken(String),
     /// The hypervisor ended; `Err` says how, where it was not a shutdown by the guest.
     Exited(Result<(), String>),
     StopTimedOut,
@@ -217,9 +219,10 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         (Seen::Ready, State::Starting | State::Running | State::Paused) => {
             (Life { ready: true, restarts: 0, ..life.clone() }, Vec::new())
         }
-        (Seen::Panicked(line), State::Starting | State::Running | State::Paused) => {
-            end(life, Ending::Fault(line), true)
-        }
+        (
+            Seen::Panicked(why) | Seen::Broken(why),
+            State::Starting | State::Running | State::Paused,
+        ) => end(life, Ending::Fault(why), true),
         (Seen::Exited(Ok(())), state) if state.is_live() => ended(life, policy, Ended::Success),
         (Seen::Exited(Err(reason)), state) if state.is_live() => {
             ended(life, policy, Ended::Failure(reason))
@@ -237,6 +240,7 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
             | Seen::GuestReset
             | Seen::Ready
             | Seen::Panicked(_)
+            | Seen::Broken(_)
             | Seen::Exited(_)
             | Seen::StopTimedOut
             | Seen::RestartDue
@@ -352,6 +356,7 @@ mod tests {
             Seen::GuestReset,
             Seen::Ready,
             Seen::Panicked("oops".into()),
+            Seen::Broken("no such instruction".into()),
             Seen::Exited(Ok(())),
             Seen::Exited(Err("signal 9".into())),
             Seen::StopTimedOut,

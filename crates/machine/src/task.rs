@@ -456,6 +456,7 @@ fn describe(seen: &Seen) -> (String, String) {
         Seen::GuestReset => ("guest-reset", String::new()),
         Seen::Ready => ("ready", String::new()),
         Seen::Panicked(line) => ("guest-panic", line.clone()),
+        Seen::Broken(why) => ("hypervisor-fault", why.clone()),
         Seen::Exited(Ok(())) => ("exited", "the guest shut down".into()),
         Seen::Exited(Err(how)) => ("exited", how.clone()),
         Seen::StopTimedOut => ("stop-timed-out", "the guest did not end; ending it".into()),

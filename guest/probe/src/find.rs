@@ -32,7 +32,20 @@ impl Function {
         u64::from(high) << 32 | u64::from(low & !0xf)
     }
 
-    fn transport(self) -> Option<Transport> {
+    /// Gives a region an address, if it has none; a device that was plugged in may have none.
+    fn place(self, number: u32, window: u32) {
+        if window != 0 && self.region(number) == 0 {
+            let register = 0x10 + 4 * number;
+            let wide = self.read(register) & 6 == 4;
+            self.write(register, window);
+            if wide {
+                self.write(register + 4, 0);
+            }
+        }
+    }
+
+    /// Its registers. `window` is memory that the bridge before it lets through.
+    fn transport(self, window: u32) -> Option<Transport> {
         let (mut common, mut notify, mut config, mut multiplier) = (None, None, Place(0), 0);
         let mut at = self.byte(0x34) & 0xfc;
         for _ in 0..48 {
@@ -40,6 +53,9 @@ impl Function {
                 break;
             }
             let head = self.read(at);
+            if head & 0xff == 9 && head >> 24 == 1 {
+                self.place(self.byte(at + 4), window);
+            }
             let region = self.region(self.byte(at + 4));
             if head & 0xff == 9 && region != 0 {
                 let place = reach(region + u64::from(self.read(at + 8)));
@@ -66,8 +82,12 @@ pub(crate) fn is_pc() -> bool {
     matches!(Function(0).read(0), 0x29c0_8086 | 0x1237_8086)
 }
 
-/// Shows every virtio device on a bus and behind it: what names it, its kind, its registers.
-pub(crate) fn pci(bus: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
+/// Shows every virtio device: what names it, its kind, its registers.
+pub(crate) fn pci(see: &mut dyn FnMut(u64, u32, Transport)) {
+    bus(0, 0, see);
+}
+
+fn bus(bus: u32, window: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
     for device in 0..32 {
         for function in 0..8 {
             let function = Function(bus << 8 | device << 3 | function);
@@ -81,7 +101,9 @@ pub(crate) fn pci(bus: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
             let header = function.byte(0x0e);
             let behind = function.byte(0x19);
             if header & 0x7f == 1 && behind > bus {
-                pci(behind, see);
+                let memory = function.read(0x20);
+                let open = memory >> 16 >= memory & 0xffff;
+                self::bus(behind, if open { memory << 16 & 0xfff0_0000 } else { 0 }, see);
             }
             if id & 0xffff == VIRTIO {
                 // Older numbers say the kind elsewhere.
@@ -89,7 +111,7 @@ pub(crate) fn pci(bus: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
                     id @ 0x1040..=0x107f => id - 0x1040,
                     _ => function.read(0x2c) >> 16,
                 };
-                if let Some(transport) = function.transport() {
+                if let Some(transport) = function.transport(window) {
                     see(1 << 63 | u64::from(function.0), kind, transport);
                 }
             }

@@ -96,7 +96,7 @@ impl Probe {
         let (text, length) = (self.cmdline, self.length);
         let mut see = |name, kind, transport| self.meet(name, kind, transport);
         find::mmio(text.get(..length).unwrap_or_default(), tables, &mut see);
-        find::pci(0, &mut see);
+        find::pci(&mut see);
     }
 
     fn meet(&mut self, name: u64, kind: u32, transport: Transport) {
@@ -141,7 +141,7 @@ impl Probe {
 
     /// Takes what has been plugged in.
     fn find_plugged(&mut self) {
-        find::pci(0, &mut |name, kind, transport| self.meet(name, kind, transport));
+        find::pci(&mut |name, kind, transport| self.meet(name, kind, transport));
     }
 
     /// The address of an interface: what `probe.ip=` says, and the ones after it.

@@ -290,3 +290,8 @@ pub fn debian_with(home: &Path, packages: &str) {
         let _ = fs::copy(made.join(name), home.join(name));
     }
 }
+
+/// The guest that needs no Linux, as it was built beside `lodge`.
+pub fn probe() -> String {
+    crate::lab::program().with_file_name("probe").to_string_lossy().into_owned()
+}

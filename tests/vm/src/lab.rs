@@ -53,6 +53,17 @@ impl Lab {
         lab
     }
 
+    /// An instance whose programs are its own, so that they can be replaced.
+    pub fn with_copies() -> Self {
+        let mut lab = Self::new();
+        let folder = lab.program.parent().unwrap().to_owned();
+        for name in ["lodge", "lodge-jail"] {
+            std::fs::copy(folder.join(name), lab.home().join(name)).unwrap();
+        }
+        lab.program = lab.home().join("lodge");
+        lab
+    }
+
     /// An instance that finds both small hypervisors in its own folder: the simulator, whose
     /// program `simulator` is.
     pub fn with_simulators(simulator: &str) -> Self {

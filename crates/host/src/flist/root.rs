@@ -173,7 +173,7 @@ pub async fn prepare(
 
 async fn ask(config: &Config) -> Said {
     let text = |e: std::io::Error| format!("the process that reads flists: {e}");
-    let own = std::env::current_exe().map_err(text)?;
+    let own = paths::own_program().map_err(text)?;
     let mut command = Tool::new(own).arg(WORD).arg(&config.flist).command();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
     let mut child = command.spawn().map_err(text)?;

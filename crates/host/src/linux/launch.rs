@@ -133,7 +133,7 @@ pub(super) fn write_mdata(machine: &Machine, path: &Path) -> std::io::Result<()>
 
 async fn start_warden(launch: &Launch) -> Result<u32, String> {
     let text = |e: std::io::Error| format!("the machine's warden: {e}");
-    let own = std::env::current_exe().map_err(text)?;
+    let own = paths::own_program().map_err(text)?;
     let mut command = Tool::new(own).arg("warden").command();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(text)?;

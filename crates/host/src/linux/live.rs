@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::drive::{Drive, Told, Unreached, reach};
 use super::launch::launch_file;
 use super::usage::Sample;
-use crate::backend::qemu::control::{Control, meaning};
+use crate::backend::qemu::control::{Control, disk_error, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
 use crate::backend::{FIRST_FD, Forward, Launch, ScreenPort, Survey, Tap};
 use crate::facts::Facts;
@@ -178,6 +178,11 @@ pub(super) async fn adopt(run: &Path, sink: Sink) -> Result<(Live, Found), Resul
     if let Some(line) = panic {
         let _ = sink.send(Report::Seen(Seen::Panicked(line)));
     }
+    if let Drive::Qemu(control) = &live.drive
+        && let Some(why) = control.fault().await
+    {
+        let _ = sink.send(Report::Seen(Seen::Broken(why)));
+    }
     Ok((live, Found::Alive { paused, ready }))
 }
 
@@ -201,7 +206,14 @@ async fn hear_hypervisor(
 ) {
     while let Some(event) = events.recv().await {
         control.saw(&event);
-        if let Some(seen) = meaning(&event) {
+        if let Some(error) = disk_error(&event) {
+            mark(&sink, "disk-error", &error);
+        }
+        let seen = match meaning(&event) {
+            Some(Seen::Paused) => control.fault().await.map(Seen::Broken).or(Some(Seen::Paused)),
+            seen => seen,
+        };
+        if let Some(seen) = seen {
             let _ = sink.send(Report::Seen(seen));
         }
     }

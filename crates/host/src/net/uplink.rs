@@ -30,7 +30,7 @@ pub async fn ensure(dir: &Path, name: &NetName) -> Result<(), String> {
     let rootless = !rustix::process::geteuid().is_root();
     // Its far end closes with the keeper and so ends the process that carries the packets.
     let (near, far) = std::io::pipe().map_err(text)?;
-    let own = std::env::current_exe().map_err(text)?;
+    let own = paths::own_program().map_err(text)?;
     let tool = Tool::new(own).arg("netd").arg(dir).arg(name.as_str());
     let mut command = tool.command();
     command.stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(Stdio::null());

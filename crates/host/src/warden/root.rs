@@ -42,7 +42,7 @@ pub(super) fn start(root: &RootServer, run: &Path) -> Result<Child, String> {
     }
     let log =
         File::options().create(true).append(true).mode(0o600).open(&root.log).map_err(text)?;
-    let own = std::env::current_exe().map_err(text)?;
+    let own = crate::paths::own_program().map_err(text)?;
     let mut command = Tool::new(own).arg(WORD).arg(&root.config.flist).command().into_std();
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
     let mut child = command.spawn().map_err(text)?;

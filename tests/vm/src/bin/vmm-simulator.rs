@@ -88,9 +88,10 @@ fn boot(machine: &Shared) {
             for (name, file, writable) in &mut machine.disks {
                 let mut first = [0; 4];
                 file.read_exact(&mut first).unwrap();
-                println!("PROBE {name}: {} writable={writable}\r", String::from_utf8_lossy(&first));
+                let text = first.iter().take_while(|b| b.is_ascii_graphic()).map(|b| *b as char);
+                println!("PROBE {name}: {} writable={writable}\r", text.collect::<String>());
             }
-            println!("PROBE taps: {}\r", machine.taps.len());
+            println!("PROBE nets: {}\r", machine.taps.len());
             if machine.cmdline.contains("escape") {
                 for (way, closed) in lodge_host::escape::attempts("/etc/passwd") {
                     println!("{} {way}\r", if closed { "CLOSED" } else { "OPEN" });

@@ -50,6 +50,21 @@ fn a_killed_hypervisor_is_a_failure_with_a_reason() {
     lab.ok(&["start", "a", "--wait", "ready"]);
 }
 
+/// As a new version is installed: another file takes the place of the one that runs.
+#[test]
+fn a_daemon_whose_program_was_replaced_still_starts_machines() {
+    let lab = Lab::with_copies();
+    lab.ok(&["ls"]);
+    let (program, next) = (lab.home().join("lodge"), lab.home().join("next"));
+    std::fs::copy(&program, &next).unwrap();
+    std::fs::rename(&next, &program).unwrap();
+    let daemon = lab.daemon();
+    let own = std::fs::read_link(format!("/proc/{daemon}/exe")).unwrap();
+    assert!(own.to_string_lossy().ends_with(" (deleted)"), "{own:?}");
+    run_script(&lab, "a", TICKING);
+    assert_eq!(lab.daemon(), daemon);
+}
+
 #[test]
 fn a_killed_warden_takes_its_hypervisor_along() {
     let lab = Lab::new();

@@ -11,6 +11,7 @@ mod faults;
 mod lifecycle;
 mod metald;
 mod network;
+mod probe;
 mod rootless;
 mod vmadm;
 mod vmm;

@@ -1,5 +1,5 @@
 //! Firecracker and Cloud Hypervisor: the same life over both, in the same jail. Against a simulator
-//! of their interfaces; with the real ones where they are named, as far as their guest can tell.
+//! of their interfaces, and with the real ones where they are found; their guest is the probe.
 
 use std::process::Stdio;
 
@@ -16,14 +16,38 @@ fn kvm_opens() -> bool {
 
 /// An instance that finds both hypervisors in its own folder.
 fn lab() -> Lab {
-    let lab = Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator"));
+    with_disk(Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator")))
+}
+
+fn with_disk(lab: Lab) -> Lab {
     let disk = lab.home().join("disk.img");
     std::fs::write(&disk, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
     lab
 }
 
+/// The real one, where it is named or on PATH; says aloud that it is not.
+fn real(backend: &str) -> Option<Lab> {
+    let variable = format!("LODGE_{}", backend.replace('-', "_").to_uppercase());
+    let named = std::env::var_os(&variable).map(std::path::PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(backend));
+    let Some(program) = named.into_iter().chain(found).find(|program| program.is_file()) else {
+        eprintln!("SKIPPED {}: needs {backend}, on PATH or named by {variable}", module_path!());
+        return None;
+    };
+    let mut lab = Lab::new();
+    lab.set(&variable, program.to_str().unwrap());
+    Some(with_disk(lab))
+}
+
+/// Both as they are simulated, then those that are there.
+fn each() -> impl Iterator<Item = (&'static str, Lab)> {
+    let simulated = BOTH.into_iter().map(|backend| (backend, lab()));
+    simulated.chain(BOTH.into_iter().filter_map(|backend| Some((backend, real(backend)?))))
+}
+
 fn document(lab: &Lab, name: &str, backend: &str, more: &str) -> String {
-    let kernel = assets::kernel();
+    let kernel = assets::probe();
     let text = format!(
         "name: {name}\nbackend: {backend}\naccel: kvm\nmemory: 128MiB\nready: console:GUEST-READY\n\
          boot: {{kernel: {kernel}, cmdline: 'console=ttyS0 from.the=caller'}}\n{more}"
@@ -49,8 +73,7 @@ fn ticks(lab: &Lab, name: &str) -> u64 {
 #[test]
 fn the_whole_life_over_both() {
     need!(kvm_opens(), "a /dev/kvm that opens");
-    let lab = lab();
-    for backend in BOTH {
+    for (backend, lab) in each() {
         let disk = format!(
             "nics: [{{}}]\ndisks:\n- {{source: {}, layered: true}}\n- {{size: 1MiB}}\n- {{source: {}, read_only: true}}\n",
             lab.home().join("disk.img").display(),
@@ -64,9 +87,9 @@ fn the_whole_life_over_both() {
         for part in [
             "PROBE cmdline: console=ttyS0 from.the=caller",
             "PROBE disk0: DISK writable=true",
-            "PROBE disk1: \0\0\0\0 writable=true",
+            "PROBE disk1:  writable=true",
             "PROBE disk2: DISK writable=false",
-            "PROBE taps: 1",
+            "PROBE nets: 1",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -98,15 +121,14 @@ fn the_whole_life_over_both() {
         lab.ok(&["start", name, "--wait", "ready"]);
         lab.ok(&["stop", name, "--force"]);
         lab.ok(&["rm", name]);
+        assert!(lab.ok(&["gc", "--dry-run"]).contains("network default"));
     }
-    assert!(lab.ok(&["gc", "--dry-run"]).contains("network default"));
 }
 
 #[test]
 fn ends_of_every_kind_are_told_apart() {
     need!(kvm_opens(), "a /dev/kvm that opens");
-    let lab = lab();
-    for backend in BOTH {
+    for (backend, lab) in each() {
         let name = &backend[..5];
         start(&lab, name, backend, "nics: []\n");
         let end = |typed: &str, state: &str| {
@@ -123,7 +145,7 @@ fn ends_of_every_kind_are_told_apart() {
         assert_eq!(end("poweroff\n", "stopped"), Value::Null);
         lab.ok(&["start", name, "--wait", "ready"]);
         let reason = end("crash\n", "failed");
-        assert!(reason.as_str().unwrap().contains("status 1: Unexpected exit reason"), "{reason}");
+        assert!(reason.as_str().unwrap().contains("status 1"), "{reason}");
         lab.ok(&["start", name, "--wait", "ready"]);
         let reason = end("panic\n", "failed");
         assert_eq!(reason, "Kernel panic - not syncing: simulated");
@@ -234,14 +256,24 @@ fn no_way_leads_out_of_the_jail() {
 #[test]
 fn many_at_once() {
     need!(kvm_opens(), "a /dev/kvm that opens");
-    let lab = lab();
     let names: Vec<String> = (0..64).map(|i| format!("m{i}")).collect();
+    let simulated = lab();
     for (i, name) in names.iter().enumerate() {
-        lab.ok(&["create", &document(&lab, name, BOTH[i % 2], "nics: []\n")]);
+        simulated.ok(&["create", &document(&simulated, name, BOTH[i % 2], "nics: []\n")]);
     }
+    start_all(&simulated, &names);
+    for backend in BOTH {
+        let Some(lab) = real(backend) else { continue };
+        for name in &names {
+            lab.ok(&["create", &document(&lab, name, backend, "nics: []\n")]);
+        }
+        start_all(&lab, &names);
+    }
+}
+
+fn start_all(lab: &Lab, names: &[String]) {
     std::thread::scope(|scope| {
         for chunk in names.chunks(16) {
-            let lab = &lab;
             scope.spawn(move || {
                 for name in chunk {
                     lab.ok(&["start", name, "--wait", "ready", "--timeout", "100"]);

@@ -28,7 +28,21 @@ pub struct Control {
     events: broadcast::Sender<QmpEvent>,
 }
 
-/// What an event means for the machine's life; most mean nothing.
+/// What an event says of a disk that cannot be read or written.
+pub fn disk_error(event: &QmpEvent) -> Option<String> {
+    if event.name != "BLOCK_IO_ERROR" {
+        return None;
+    }
+    let text = |key: &str| event.data[key].as_str().unwrap_or_default();
+    let after = match text("action") {
+        "stop" => "; the guest stands still until it is resumed",
+        _ => "",
+    };
+    Some(format!("{} of {}: {}{after}", text("operation"), text("node-name"), text("reason")))
+}
+
+/// What an event means for the machine's life; most mean nothing. That it stands still may have a
+/// cause, which is asked for.
 pub fn meaning(event: &QmpEvent) -> Option<Seen> {
     match event.name.as_str() {
         "STOP" => Some(Seen::Paused),
@@ -47,6 +61,15 @@ impl Control {
     /// Passes an event on to those who wait for one.
     pub fn saw(&self, event: &QmpEvent) {
         let _ = self.events.send(event.clone());
+    }
+
+    /// Why the guest can never go on, if it cannot.
+    pub async fn fault(&self) -> Option<String> {
+        let status = self.qmp.ask("query-status", Value::Null).await.ok()?;
+        (status["status"] == "internal-error").then(|| {
+            "KVM cannot carry out what the guest does next, and QEMU has stopped it (internal-error)"
+                .into()
+        })
     }
 
     pub async fn is_paused(&self) -> Result<bool, QmpError> {

@@ -1,0 +1,138 @@
+//! QEMU and the probe guest: disks, interfaces, power and clock on every board, in a fraction of a
+//! second; and with KVM also where the host's cannot run Linux.
+
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use lodge_vm_tests::lab::wait_for_text;
+use lodge_vm_tests::{Lab, assets, need};
+
+/// Whether KVM opens; whether it can run Linux does not matter to this guest.
+fn kvm_opens() -> bool {
+    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> String {
+    let kernel = assets::probe();
+    let text = format!(
+        "name: {name}\nbackend: qemu\nboard: {board}\naccel: {accel}\nmemory: 64MiB\n\
+         ready: console:GUEST-READY\n\
+         boot: {{kernel: {kernel}, cmdline: probe.ip=10.0.2.15}}\n{more}"
+    );
+    let file = lab.home().join(format!("{name}.yaml"));
+    std::fs::write(&file, text).unwrap();
+    file.to_string_lossy().into_owned()
+}
+
+fn ticks(lab: &Lab, name: &str) -> u64 {
+    let text = lab.console_text(name);
+    let ticks = text.lines().filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok());
+    ticks.last().unwrap_or(0)
+}
+
+/// A datagram there and back.
+fn echo(port: u16) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut back = [0; 64];
+    for _ in 0..10 {
+        socket.send_to(b"there and back", ("127.0.0.1", port)).unwrap();
+        if let Ok(length) = socket.recv(&mut back) {
+            assert_eq!(&back[..length], b"there and back");
+            return;
+        }
+    }
+    panic!("nothing came back");
+}
+
+fn whole_life(board: &str, accel: &str) {
+    let lab = Lab::new();
+    let image = lab.home().join("disk.img");
+    std::fs::write(&image, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
+    let image = image.display();
+    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let more = format!(
+        "nics: [{{}}]\nports: [{{host: {port}, guest: 7, protocol: udp}}]\n\
+         disks:\n- {{source: {image}, layered: true}}\n- {{source: {image}, read_only: true}}\n"
+    );
+    lab.ok(&["create", &document(&lab, "p", board, accel, &more)]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    let machine = lab.machine("p");
+    assert_eq!((&machine["backend"], &machine["accel"]), (&"qemu".into(), &accel.into()));
+    let text = lab.console_text("p");
+    for part in ["disk0: DISK writable=true", "disk1: DISK writable=false", "nets: 1"] {
+        assert!(text.contains(&format!("PROBE {part}")), "{part} in {text}");
+    }
+    echo(port);
+    // It stands still, and goes on where it stood.
+    lab.until("ticks", || ticks(&lab, "p") > 3);
+    lab.ok(&["pause", "p"]);
+    let stood = ticks(&lab, "p");
+    lab.kill_daemon();
+    assert_eq!((lab.state("p").as_str(), ticks(&lab, "p")), ("paused", stood));
+    lab.ok(&["resume", "p"]);
+    lab.until("ticks again", || ticks(&lab, "p") > stood);
+    assert!(ticks(&lab, "p") >= stood);
+    // What is written is there the next time, and nowhere else.
+    lab.type_and_see("p", "write 0 5 kept\n", "written");
+    lab.type_and_see("p", "write 1 5 never\n", "not written");
+    lab.type_and_see("p", "write 0 99999 beyond\n", "not written");
+    lab.ok(&["stop", "p", "--timeout", "30"]);
+    assert!(!lab.ok(&["events", "p"]).contains("stop-timed-out"));
+    lab.ok(&["start", "p", "--wait", "ready"]);
+    lab.type_and_see("p", "read 0 5\n", "disk 0 sector 5: kept");
+    // It ends itself.
+    let mut console = lab.attach("p");
+    use std::io::Write;
+    console.stdin.as_mut().unwrap().write_all(b"poweroff\n").unwrap();
+    lab.until("the end", || lab.state("p") == "stopped");
+    lodge_vm_tests::lab::end(console);
+}
+
+#[test]
+fn the_whole_life_on_the_q35_board() {
+    whole_life("q35", "tcg");
+}
+
+#[test]
+fn the_whole_life_on_the_microvm_board() {
+    whole_life("microvm", "tcg");
+}
+
+#[test]
+fn the_whole_life_with_kvm() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    whole_life("microvm", "kvm");
+}
+
+/// What KVM cannot carry out ends the machine, with the reason.
+#[test]
+fn a_hypervisor_that_cannot_go_on_is_a_failure_with_a_reason() {
+    need!(kvm_opens(), "a /dev/kvm that opens");
+    let lab = Lab::new();
+    lab.ok(&["create", &document(&lab, "p", "microvm", "kvm", "nics: []\n")]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    let mut console = lab.attach("p");
+    wait_for_text(&mut console, "tick");
+    use std::io::Write;
+    console.stdin.as_mut().unwrap().write_all(b"crash\n").unwrap();
+    // Where the instruction is carried out, the fault after it starts the guest anew.
+    let anew = || lab.ok(&["events", "p"]).contains("guest-reset");
+    lab.until("the end", || lab.state("p") == "failed" || anew());
+    lodge_vm_tests::lab::end(console);
+    let reason = lab.machine("p")["reason"].clone();
+    let emulated = reason.as_str().is_some_and(|reason| reason.contains("internal-error"));
+    assert!(emulated || anew(), "{reason}");
+}
+
+/// What is plugged in is found and used.
+#[test]
+fn a_disk_that_is_plugged_in_is_read() {
+    let lab = Lab::new();
+    let image = lab.home().join("more.img");
+    std::fs::write(&image, [b"MORE".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
+    lab.ok(&["create", &document(&lab, "p", "q35", "tcg", "nics: []\n")]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    lab.ok(&["set", "p", "--add-disk", image.to_str().unwrap()]);
+    lab.until("the disk", || lab.console_text("p").contains("PROBE disk0: MORE"));
+}
