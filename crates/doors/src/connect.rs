@@ -58,6 +58,8 @@ pub struct Settings {
     pub accel: String,
     /// Gets a line of JSON for each call that changes something.
     pub audit: Box<dyn Fn(&str) + Send + Sync>,
+    /// Gets what callers may have meant otherwise.
+    pub warn: Box<dyn Fn(&str) + Send + Sync>,
     /// Gets each call that has ended.
     pub trace: Box<dyn Fn(Span) + Send + Sync>,
     /// The VMM that machines are given, for `/_/health`; the error says why there is none.

@@ -177,6 +177,9 @@ fn door_settings(metald: Metald, host: &Arc<Linux>) -> Result<connect::Settings>
             // A full disk must not keep machines from being stopped.
             let _ = writeln!(file.lock().expect("not poisoned"), "{line}");
         }),
+        warn: Box::new(|what| {
+            let _ = writeln!(std::io::stderr(), "lodge: {what}");
+        }),
         trace: Box::new(move |span| {
             if let Some(exporter) = &exporter {
                 exporter.take(span);

@@ -415,6 +415,7 @@ mod tests {
             backend: "auto".into(),
             accel: "auto".into(),
             audit: Box::new(|_| {}),
+            warn: Box::new(|_| {}),
             trace: Box::new(|_| {}),
             health: Box::new(|| Ok(String::new())),
         };

@@ -13,14 +13,21 @@ use super::proto::vmprovisioner::v1::CreateVmRequest;
 pub(super) trait Wire: buffa::Message + DeserializeOwned + serde::Serialize {}
 impl<M: buffa::Message + DeserializeOwned + serde::Serialize> Wire for M {}
 
+/// Keys that mean nothing here, as paths; callers of another version may send them.
+pub(super) type Unknown = Vec<String>;
+
+/// No more of them are kept.
+const MAX_UNKNOWN: usize = 16;
+
 /// `name`: of the message, for the complaint.
 pub(super) fn message<M: Wire>(
     body: &[u8],
     format: CodecFormat,
     name: &str,
+    unknown: &mut Unknown,
 ) -> Result<M, ConnectError> {
     match format {
-        CodecFormat::Json => json(body, name),
+        CodecFormat::Json => json(body, name, unknown),
         _ => buffa::DecodeOptions::new().decode_from_slice(body).map_err(|e| complain(name, e)),
     }
 }
@@ -38,7 +45,7 @@ fn complain(name: &str, why: impl std::fmt::Display) -> ConnectError {
     invalid(format!("unmarshal message: unmarshal into *vmprovisionerv1.{name}: {why}"))
 }
 
-fn json<M: Wire>(body: &[u8], name: &str) -> Result<M, ConnectError> {
+fn json<M: Wire>(body: &[u8], name: &str, unknown: &mut Unknown) -> Result<M, ConnectError> {
     if body.is_empty() {
         return Err(invalid("unmarshal message: zero-length payload is not a valid JSON object"));
     }
@@ -47,12 +54,29 @@ fn json<M: Wire>(body: &[u8], name: &str) -> Result<M, ConnectError> {
     if first != Some(&b'{') {
         return Err(complain(name, "not a JSON object"));
     }
-    serde_json::from_slice(body).map_err(|e| complain(name, e))
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let message = serde_ignored::deserialize(&mut reader, |path| {
+        // Options are steps of their own.
+        let path = path.to_string().replace(".?", "");
+        if unknown.len() < MAX_UNKNOWN && !ALIASES.iter().any(|alias| path.ends_with(alias)) {
+            unknown.push(path);
+        }
+    });
+    let message = message.map_err(|e| complain(name, e))?;
+    reader.end().map_err(|e| complain(name, e))?;
+    Ok(message)
 }
 
+/// Keys that are in no definition, and mean something all the same.
+const ALIASES: &[&str] = &[".readonly", "memory.hotplug_size_bytes", "memory.hotplugSizeBytes"];
+
 /// The request to create, with `readonly` and `hotplug_size_bytes` meaning what they say.
-pub(super) fn create(body: &[u8], format: CodecFormat) -> Result<CreateVmRequest, ConnectError> {
-    let mut request: CreateVmRequest = message(body, format, "CreateVmRequest")?;
+pub(super) fn create(
+    body: &[u8],
+    format: CodecFormat,
+    unknown: &mut Unknown,
+) -> Result<CreateVmRequest, ConnectError> {
+    let mut request: CreateVmRequest = message(body, format, "CreateVmRequest", unknown)?;
     if format == CodecFormat::Json {
         let written: Written =
             serde_json::from_slice(body).map_err(|e| complain("CreateVmRequest", e))?;
@@ -172,7 +196,8 @@ mod tests {
     use buffa::Message;
 
     fn read(text: &str) -> Result<CreateVmRequest, String> {
-        create(text.as_bytes(), CodecFormat::Json).map_err(|e| e.message.unwrap_or_default())
+        create(text.as_bytes(), CodecFormat::Json, &mut Vec::new())
+            .map_err(|e| e.message.unwrap_or_default())
     }
 
     #[test]
@@ -191,6 +216,16 @@ mod tests {
         assert!(read(r#"{"config":null,"vm_id":null,"x":[1]}"#).unwrap().config.is_unset());
     }
 
+    #[test]
+    fn keys_that_mean_nothing_are_told() {
+        let mut unknown = Vec::new();
+        let text = r#"{"config":{"memory":{"size_bytes":1,"hotplug_size_bytes":0,"sizeMb":3},
+            "storage":[{"path":"/a","readonly":true,"cache":"x"}],"metadata":{"any":"key"}},
+            "vmid":"a"}"#;
+        create(text.as_bytes(), CodecFormat::Json, &mut unknown).unwrap();
+        assert_eq!(unknown, ["config.memory.sizeMb", "config.storage.0.cache", "vmid"]);
+    }
+
     const WHOLE: &str = r#"{"vm_id":"a","config":{"cpu":{"vcpu_count":2,"topology":{"sockets":1}},
         "memory":{"size_bytes":"134217728","hotplug_size_bytes":0},"boot":{"kernel_path":"/k"},
         "storage":[{"path":"/a","readonly":true,"options":{"a":"b"}}],
@@ -202,7 +237,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes: Vec<u8>) {
             for format in [CodecFormat::Json, CodecFormat::Proto] {
-                let _ = create(&bytes, format);
+                let _ = create(&bytes, format, &mut Vec::new());
             }
         }
 
@@ -220,7 +255,7 @@ mod tests {
                 message[at % other] = byte;
             }
             for (bytes, format) in [(text, CodecFormat::Json), (message, CodecFormat::Proto)] {
-                if let Err(error) = create(&bytes, format) {
+                if let Err(error) = create(&bytes, format, &mut Vec::new()) {
                     proptest::prop_assert_eq!(error.code, connectrpc::ErrorCode::InvalidArgument);
                 }
             }
@@ -240,8 +275,8 @@ mod tests {
             config.storage[0].read_only = read_only;
             let json = encode(&request, CodecFormat::Json).unwrap();
             let proto = encode(&request, CodecFormat::Proto).unwrap();
-            proptest::prop_assert_eq!(&create(&json, CodecFormat::Json).unwrap(), &request);
-            proptest::prop_assert_eq!(&create(&proto, CodecFormat::Proto).unwrap(), &request);
+            proptest::prop_assert_eq!(&create(&json, CodecFormat::Json, &mut Vec::new()).unwrap(), &request);
+            proptest::prop_assert_eq!(&create(&proto, CodecFormat::Proto, &mut Vec::new()).unwrap(), &request);
         }
     }
 

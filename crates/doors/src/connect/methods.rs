@@ -160,6 +160,7 @@ struct About {
     customer: String,
     vm_id: String,
     parent: Option<String>,
+    unknown: decode::Unknown,
 }
 
 impl About {
@@ -180,14 +181,15 @@ async fn call<C: Control>(
 ) -> Result<Bytes, ConnectError> {
     macro_rules! answer {
         ($call:ident, $request:ident) => {{
-            let request: $request = decode::message(body, format, stringify!($request))?;
+            let request: $request =
+                decode::message(body, format, stringify!($request), &mut about.unknown)?;
             let caller = admit(door, context, about, &request.vm_id)?;
             decode::encode(&door.$call(&caller, request).await?, format)
         }};
     }
     match method {
         Method::CreateVm => {
-            let request = decode::create(body, format)?;
+            let request = decode::create(body, format, &mut about.unknown)?;
             let caller = admit(door, context, about, &request.vm_id)?;
             let response = door.create(&caller, request).await?;
             about.vm_id.clone_from(&response.vm_id);
@@ -202,7 +204,7 @@ async fn call<C: Control>(
         Method::GetVmInfo => answer!(info, GetVmInfoRequest),
         Method::WaitVm => answer!(wait, WaitVmRequest),
         Method::ListVms => {
-            let request = decode::message(body, format, "ListVmsRequest")?;
+            let request = decode::message(body, format, "ListVmsRequest", &mut about.unknown)?;
             let caller = admit(door, context, about, "")?;
             decode::encode(&door.list(&caller, request).await?, format)
         }
@@ -233,6 +235,10 @@ impl<C> Door<C> {
         let settings = self.settings();
         let code = error.map_or("ok", |e| e.code.as_str());
         self.metrics.called(method.name(), code, begun.elapsed());
+        if !about.unknown.is_empty() {
+            let (name, keys) = (method.name(), &about.unknown);
+            (settings.warn)(&format!("{name} was sent keys that mean nothing here: {keys:?}"));
+        }
         if method.mutates() {
             let at = humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string();
             let line = serde_json::json!({

@@ -29,7 +29,8 @@ pub(super) async fn watch<C: Control>(
     body: &[u8],
     format: CodecFormat,
 ) -> Changes {
-    let request: WatchVmsRequest = decode::message(body, format, "WatchVmsRequest")?;
+    let request: WatchVmsRequest =
+        decode::message(body, format, "WatchVmsRequest", &mut Vec::new())?;
     let caller = door.settings().tenants.caller(context.headers())?;
     let only = match request.vm_id.as_str() {
         "" => None,

@@ -27,7 +27,7 @@ fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> Stri
 fn ticks(lab: &Lab, name: &str) -> u64 {
     let text = lab.console_text(name);
     let ticks = text.lines().filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok());
-    ticks.last().unwrap_or(0)
+    ticks.max().unwrap_or(0)
 }
 
 /// A datagram there and back.
