@@ -331,7 +331,14 @@ impl Live {
                     | Change::Document { .. } => Ok(()),
                 };
             }
-            Drive::Firecracker(_) => return Err(cold("firecracker")),
+            Drive::Firecracker(control) => {
+                return match change {
+                    Change::Memory { bytes } => {
+                        control.set_memory(bytes, machine.memory.max.0).await
+                    }
+                    _ => Err(cold("firecracker")),
+                };
+            }
         };
         let board = self.launch.board.ok_or("the board is unknown")?;
         match change {

@@ -103,6 +103,22 @@ fn firecracker_is_told_call_by_call() {
 }
 
 #[test]
+fn firecracker_has_room_for_memory_from_a_version_on() {
+    let text = format!("{KERNEL}\nbackend: firecracker\nmemory: {{size: 256MiB, max: 1GiB}}\n");
+    let told = launch(&text, BackendKind::Firecracker);
+    let calls: Vec<String> = told.calls.iter().map(ToString::to_string).collect();
+    let wanted = r#"{"body":{"block_size_mib":2,"slot_size_mib":128,"total_size_mib":768},"method":"PUT","path":"/hotplug/memory"}"#;
+    assert!(calls.iter().any(|call| call == wanted), "{calls:?}");
+    let mut facts = with_both(FAST);
+    if let Ok(found) = &mut facts.firecracker {
+        found.version = (1, 13, 0);
+    }
+    let choice = choose(&text, &facts);
+    let why = format!("{:?}", choice.verdicts);
+    assert!(why.contains("takes version 1.14; this one is 1.13.0"), "{why}");
+}
+
+#[test]
 fn cloud_hypervisor_is_told_by_its_arguments() {
     let more = "cpus: {count: 2, max: 8, threads: 2}\nmemory: {size: 1GiB, max: 2GiB}\n";
     let text = format!(
@@ -261,7 +277,6 @@ fn what_is_in_the_way_is_named() {
     let text = "boot: {kernel: /k}\nbackend: firecracker\nboard: pc\ncpus: {count: 5, threads: 5}\n\
         memory: {size: 1GiB, max: 2GiB}\nnics: [{}, {network: other}]\n";
     expect![[r#"
-        memory.max: firecracker: firecracker lacks plugging in memory
         board: firecracker: firecracker has only its own board
         cpus.count: firecracker: 5 CPUs are not 1 or an even number up to 32
         cpus.threads: firecracker: a core has one or two threads

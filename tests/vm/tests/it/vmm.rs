@@ -48,8 +48,9 @@ fn each() -> impl Iterator<Item = (&'static str, Lab)> {
 
 fn document(lab: &Lab, name: &str, backend: &str, more: &str) -> String {
     let kernel = assets::probe();
+    let memory = if more.contains("memory:") { "" } else { "memory: 128MiB\n" };
     let text = format!(
-        "name: {name}\nbackend: {backend}\naccel: kvm\nmemory: 128MiB\nready: console:GUEST-READY\n\
+        "name: {name}\nbackend: {backend}\naccel: kvm\n{memory}ready: console:GUEST-READY\n\
          boot: {{kernel: {kernel}, cmdline: 'console=ttyS0 from.the=caller'}}\n{more}"
     );
     let file = lab.home().join(format!("{name}.yaml"));
@@ -197,6 +198,11 @@ fn each_is_told_what_was_asked_or_refuses_it_by_name() {
     start(&lab, "grows", "cloud-hypervisor", "nics: []\ncpus: {count: 1, max: 4}\n");
     lab.ok(&["set", "grows", "--cpus", "3"]);
     assert!(lab.console_text("grows").contains("resized to 3 134217728"));
+    start(&lab, "more", "firecracker", "nics: []\nmemory: {size: 128MiB, max: 384MiB}\n");
+    lab.ok(&["set", "more", "--memory", "256MiB"]);
+    assert!(lab.console_text("more").contains("plugged 128"));
+    let said = lab.fails(&["set", "more", "--add-disk", "1MiB"]);
+    assert!(said.contains("firecracker"), "{said}");
     // The plan says what each of them can, and is what is carried out.
     let plan = lab.json(&["plan", &document(&lab, "any", "auto", "nics: []\n")]);
     assert_eq!(plan["chosen"]["backend"], "firecracker");

@@ -51,6 +51,19 @@ impl Control {
         Ok(seen)
     }
 
+    /// Plugs memory in, or asks the guest for some back. Bytes: in all, and the most that was said
+    /// when it was started.
+    pub async fn set_memory(&self, bytes: u64, most: u64) -> Result<(), String> {
+        let text = |e: ApiError| e.to_string();
+        let told = self.api.call("GET", "/hotplug/memory", &Value::Null).await.map_err(text)?;
+        let room = told["total_size_mib"].as_u64().unwrap_or(0);
+        let start = (most >> 20).saturating_sub(room);
+        let more = (bytes >> 20).checked_sub(start);
+        let more = more.ok_or_else(|| format!("it was started with {start} MiB, which stay"))?;
+        let body = json!({"requested_size_mib": more});
+        self.api.call("PATCH", "/hotplug/memory", &body).await.map(drop).map_err(text)
+    }
+
     /// What the disks have carried since this daemon knows the machine.
     pub async fn disk_traffic(&self) -> Result<Traffic, ApiError> {
         self.api.call("PUT", "/actions", &json!({"action_type": "FlushMetrics"})).await?;

@@ -6,7 +6,7 @@ use lodge_spec::capability::{Feature, needs};
 use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde_json::{Value, json};
 
-use crate::backend::vmm::{self, Prepared};
+use crate::backend::vmm::{self, Prepared, VmmFacts};
 use crate::backend::{BootFiles, Launch, Step, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 
@@ -14,6 +14,12 @@ const FIRECRACKER: BackendKind = BackendKind::Firecracker;
 /// What it has beyond CPUs, memory and virtio devices.
 const FEATURES: [Feature; 2] = [Feature::KernelBoot, Feature::RateLimits];
 const MAX_CPUS: u32 = 32;
+/// The first version that plugs memory in.
+const PLUGS_MEMORY: (u32, u32) = (1, 14);
+/// Room for more is a multiple of the first, wherever it is; the guest is given blocks of the
+/// second. MiB.
+const SLOT_MIB: u64 = 128;
+const BLOCK_MIB: u64 = 2;
 /// Inside the jail: where it makes its socket.
 const SOCKET: &str = "/run/api.sock";
 
@@ -21,7 +27,8 @@ const SOCKET: &str = "/run/api.sock";
 pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch, Vec<Unsupported>> {
     let found = facts.firecracker.as_ref();
     let vmm = found.map_err(|why| vec![Unsupported::new("", FIRECRACKER, why)])?;
-    let lacks = obstacles(machine, survey, facts);
+    let mut lacks = obstacles(machine, survey, facts);
+    lacks.extend(memory_obstacle(machine, vmm));
     let prepared = vmm::prepare(machine, survey, facts, (FIRECRACKER, vmm), lacks)?;
     let Prepared { notes, mut steps, disks, mut binds } = prepared;
     let api = survey.run.join("api");
@@ -47,6 +54,8 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
     let mut list: Vec<Unsupported> = needs(machine)
         .iter()
         .filter(|need| !FEATURES.contains(&need.feature))
+        // It depends on the version.
+        .filter(|need| need.feature != Feature::MemoryHotplug)
         .map(|need| Unsupported::need(need, FIRECRACKER, None))
         .collect();
     if machine.board.is_some() {
@@ -85,6 +94,23 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
         list.push(lack("nics", format!("no tap interfaces: {why}")));
     }
     list
+}
+
+/// What is in the way of room for more memory, if it is asked for.
+fn memory_obstacle(machine: &Machine, vmm: &VmmFacts) -> Option<Unsupported> {
+    let (major, minor) = PLUGS_MEMORY;
+    if room_mib(machine).is_none() || vmm.is_at_least(major, minor) {
+        return None;
+    }
+    let this = vmm.version_text();
+    let why = format!("plugging in memory takes version {major}.{minor}; this one is {this}");
+    Some(Unsupported::new("memory.max", FIRECRACKER, why))
+}
+
+/// MiB that can be plugged in; nothing where none can.
+fn room_mib(machine: &Machine) -> Option<u64> {
+    let (size, most) = (machine.memory.size.as_mib(), machine.memory.max.as_mib());
+    most.checked_sub(size).filter(|room| *room > 0)
 }
 
 fn taps(machine: &Machine, survey: &Survey) -> Vec<Tap> {
@@ -141,6 +167,14 @@ fn calls(machine: &Machine, survey: &Survey, disks: usize, taps: &[Tap]) -> Vec<
             }
         }
         list.push(put(format!("/network-interfaces/nic{i}"), interface));
+    }
+    if let Some(room) = room_mib(machine) {
+        let body = json!({
+            "total_size_mib": room,
+            "slot_size_mib": SLOT_MIB,
+            "block_size_mib": BLOCK_MIB,
+        });
+        list.push(put("/hotplug/memory", body));
     }
     list.push(put("/entropy", json!({})));
     list.push(put("/balloon", json!({"amount_mib": 0, "deflate_on_oom": true})));
