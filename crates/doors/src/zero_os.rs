@@ -5,6 +5,7 @@ mod auth;
 mod create;
 mod describe;
 mod events;
+mod iotune;
 mod jobs;
 mod keys;
 mod kvm;

@@ -26,6 +26,11 @@ pub(crate) fn apply(draft: &mut Draft, change: &Change) -> Result<(), Refusal> {
             let at = disks.iter().position(|d| d.name.as_ref() == Some(name));
             disks.remove(at.ok_or_else(|| missing("disks", name))?);
         }
+        Change::DiskLimits { name, limits } => {
+            let disks = draft.disks.get_or_insert_default();
+            let disk = disks.iter_mut().find(|d| d.name.as_ref() == Some(name));
+            disk.ok_or_else(|| missing("disks", name))?.limits = limits.clone();
+        }
         Change::AddPort { port } => draft.ports.get_or_insert_default().push(port.clone()),
         Change::RemovePort { port } => {
             let ports = draft.ports.get_or_insert_default();

@@ -17,6 +17,7 @@ pub enum Feature {
     LegacyNics,
     CpuHotplug,
     MemoryHotplug,
+    DiskLimits,
     Shares,
     RateLimits,
     Display,
@@ -39,6 +40,7 @@ impl Feature {
             Feature::LegacyNics => "e1000 or rtl8139 interfaces",
             Feature::CpuHotplug => "plugging in CPUs",
             Feature::MemoryHotplug => "plugging in memory",
+            Feature::DiskLimits => "limits on disks",
             Feature::Shares => "shared folders",
             Feature::RateLimits => "limits on what an interface carries",
             Feature::Display => "a screen",
@@ -76,6 +78,9 @@ pub fn needs(machine: &Machine) -> Vec<Need> {
         let path = format!("disks.{}", disk.name);
         if disk.media == Media::Cdrom {
             need(path.clone(), Feature::Cdrom);
+        }
+        if disk.limits.is_some() {
+            need(format!("{path}.limits"), Feature::DiskLimits);
         }
         match disk.bus {
             DiskBus::Virtio => {}

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::flist::FlistDraft;
+use crate::throttle::DiskLimits;
 
 /// A machine as asked for. All fields are optional; unknown fields are refused.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -264,6 +265,9 @@ pub struct DiskDraft {
     /// Firmware tries this disk before everything else. False when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first: Option<bool>,
+    /// How much of it the guest may use. As much as it can when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<DiskLimits>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

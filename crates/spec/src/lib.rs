@@ -18,6 +18,7 @@ pub mod request;
 pub mod resolve;
 mod schema;
 pub mod state;
+pub mod throttle;
 pub mod units;
 
 pub use draft::Draft;

@@ -14,6 +14,7 @@ use crate::draft::{
 use crate::extras::{self, Bootstrap, Display, Guard, Lease, Mdata, Smbios};
 use crate::flist::Flist;
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
+use crate::throttle::DiskLimits;
 use crate::units::Bytes;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +107,7 @@ pub struct Disk {
     pub serial: String,
     /// Firmware tries it before everything else.
     pub first: bool,
+    pub limits: Option<DiskLimits>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -485,7 +487,7 @@ fn boot_to_draft(boot: &Boot) -> (Option<String>, Option<BootDraft>) {
 }
 
 fn disk_to_draft(disk: &Disk) -> DiskDraft {
-    let Disk { name, source, bus, media, read_only, serial, first } = disk;
+    let Disk { name, source, bus, media, read_only, serial, first, limits } = disk;
     let (path, image, size) = match source {
         DiskSource::Own(path) => (Some(extras::own_text(path)), None, None),
         DiskSource::Path(path) | DiskSource::Above(path) => (Some(path_text(path)), None, None),
@@ -504,6 +506,7 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
         read_only: Some(*read_only),
         serial: Some(serial.clone()),
         first: first.then_some(true),
+        limits: limits.clone(),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::machine::Segment;
 use crate::names::{ImageName, MachineId, NetName};
 use crate::problem::Problem;
 use crate::state::{Detail, Event, State, Summary, Usage};
+use crate::throttle::DiskLimits;
 
 /// A machine as people name it: its name, its UUID or an unambiguous start of the UUID.
 pub type Target = String;
@@ -246,6 +247,11 @@ pub enum Change {
     },
     RemoveDisk {
         name: String,
+    },
+    /// None lifts them.
+    DiskLimits {
+        name: String,
+        limits: Option<DiskLimits>,
     },
     AddNic {
         nic: Box<NicDraft>,

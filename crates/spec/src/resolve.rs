@@ -24,6 +24,7 @@ use crate::machine::{
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
+use crate::throttle::DiskLimits;
 use crate::units::Bytes;
 
 const MAX_CPUS: u32 = 255;
@@ -253,6 +254,7 @@ fn root_disk(source: DiskSource) -> Disk {
         read_only: false,
         serial: "root".into(),
         first: false,
+        limits: None,
     }
 }
 
@@ -268,8 +270,19 @@ fn host_path(p: &mut Problems, path: &str, text: String) -> PathBuf {
 
 fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
     let at = |field: &str| format!("disks[{i}].{field}");
-    let DiskDraft { name, source, layered, image, size, bus, media, read_only, serial, first } =
-        draft;
+    let DiskDraft {
+        name,
+        source,
+        layered,
+        image,
+        size,
+        bus,
+        media,
+        read_only,
+        serial,
+        first,
+        limits,
+    } = draft;
     let media = parse(p, &at("media"), media).unwrap_or(Media::Disk);
     let default_bus = match media {
         Media::Disk => DiskBus::Virtio,
@@ -317,7 +330,10 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
     }
     let read_only = read_only.unwrap_or(false) || media == Media::Cdrom;
     let first = first.unwrap_or(false);
-    Some(Disk { name, source, bus, media, read_only, serial, first })
+    for (place, why) in limits.iter().flat_map(DiskLimits::faults) {
+        p.add(at(&format!("limits.{place}")), why);
+    }
+    Some(Disk { name, source, bus, media, read_only, serial, first, limits })
 }
 
 fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Option<Nic> {

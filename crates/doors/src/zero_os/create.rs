@@ -9,6 +9,7 @@ use lodge_spec::flist::{self, FlistDraft};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::iotune;
 use super::jobs::Failure;
 use super::nics::{self, Nic};
 use super::{DOOR, Settings};
@@ -109,9 +110,7 @@ pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
         "cdrom" => true,
         other => return Err(Failure::new(format!("invalid media type '{other}'"))),
     };
-    if media.iotune.as_ref().is_some_and(|tune| tune.as_object().is_some_and(|t| !t.is_empty())) {
-        return Err(Failure::new("limits on a disk (iotune) are not supported"));
-    }
+    let limits = media.iotune.as_ref().map(iotune::limits).transpose()?.flatten();
     // The letter is behind the others, whichever of them went away meanwhile.
     let letter = (b'a' + (index % 26) as u8) as char;
     let letters = if index < 26 { letter.to_string() } else { format!("a{letter}") };
@@ -120,6 +119,7 @@ pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
         source: Some(source),
         media: cdrom.then(|| "cdrom".into()),
         bus: Some(media.bus.clone()).filter(|bus| !bus.is_empty() && !cdrom),
+        limits,
         ..DiskDraft::default()
     })
 }

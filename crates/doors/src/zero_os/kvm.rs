@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::create::{self, Media};
 use super::describe::{self, Machine};
+use super::iotune;
 use super::jobs::{Answer, Failure};
 use super::nics::{self, Nic};
 use super::{DOOR, Door};
@@ -84,7 +85,7 @@ impl<C: Control> Door<C> {
             "kvm.migrate" | "kvm.prepare_migration_target" => {
                 Err(Failure::new("machines are not moved between hosts"))
             }
-            "kvm.limit_disk_io" => Err(Failure::new("limits on a disk (iotune) are not supported")),
+            "kvm.limit_disk_io" => self.limit_disk_io(arguments).await,
             "kvm.create-image" | "kvm.convert-image" => {
                 Err(Failure::new("disks are not made over this door; `lodge image` does"))
             }
@@ -288,16 +289,38 @@ impl<C: Control> Door<C> {
     async fn detach_disk(&self, arguments: &Value) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
         let url = arguments["media"]["url"].as_str().unwrap_or("").to_owned();
-        let all = machine.params.media.clone().unwrap_or_default();
+        let name = Self::disk_of(&machine, &url)?;
+        self.change(&machine, Change::RemoveDisk { name }).await?;
+        self.remember(&machine, |kept| {
+            kept.media.iter_mut().for_each(|media| media.retain(|m| m.url != url));
+        })
+        .await
+    }
+
+    /// The name that a medium's disk has.
+    fn disk_of(machine: &Machine, url: &str) -> Result<String, Failure> {
+        let all = machine.params.media.as_deref().unwrap_or_default();
         let Some(index) = all.iter().position(|m| m.url == url) else {
             return Err(Failure::new("The disk you tried is not attached to the vm"));
         };
         let named = Some(all[index].bus.clone()).filter(|bus| bus.starts_with("vd"));
         let usual = || create::disk(&all[index], index).ok().and_then(|disk| disk.name);
-        let name = named.or_else(usual).unwrap_or_default();
-        self.change(&machine, Change::RemoveDisk { name }).await?;
+        Ok(named.or_else(usual).unwrap_or_default())
+    }
+
+    /// What is not said any more does not count any more.
+    async fn limit_disk_io(&self, arguments: &Value) -> Done {
+        let machine = self.find(&text(arguments, "uuid")).await?;
+        let url = arguments["media"]["url"].as_str().unwrap_or("").to_owned();
+        let name = Self::disk_of(&machine, &url)?;
+        let tune = iotune::kept(arguments);
+        let limits = iotune::limits(&tune)?;
+        self.change(&machine, Change::DiskLimits { name, limits }).await?;
         self.remember(&machine, |kept| {
-            kept.media.iter_mut().for_each(|media| media.retain(|m| m.url != url));
+            let media = kept.media.iter_mut().flatten().find(|media| media.url == url);
+            if let Some(media) = media {
+                media.iotune = Some(tune);
+            }
         })
         .await
     }

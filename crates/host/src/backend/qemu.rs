@@ -4,6 +4,7 @@
 pub mod control;
 pub mod plan;
 pub mod qmp;
+mod throttle;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -49,7 +49,12 @@ pub(super) async fn reach(launch: &Launch, begin: bool) -> Result<(Drive, Told),
     match launch.backend {
         BackendKind::Qemu => {
             let (qmp, events) = Qmp::connect(&socket).await?;
-            Ok((Drive::Qemu(qemu::control::Control::new(qmp)), Some(events)))
+            let control = qemu::control::Control::new(qmp);
+            if begin {
+                let refused = |e: QmpError| Unreached { why: e.to_string(), refused: true };
+                control.begin(&launch.calls).await.map_err(refused)?;
+            }
+            Ok((Drive::Qemu(control), Some(events)))
         }
         BackendKind::Firecracker => {
             let folder = launch.warden.run.join("api");

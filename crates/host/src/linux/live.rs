@@ -324,6 +324,7 @@ impl Live {
                     Change::Memory { bytes } => control.set_memory(bytes).await,
                     Change::AddDisk { .. }
                     | Change::RemoveDisk { .. }
+                    | Change::DiskLimits { .. }
                     | Change::AddNic { .. }
                     | Change::RemoveNic { .. } => Err(cold("cloud-hypervisor")),
                     Change::AddPort { .. }
@@ -358,6 +359,10 @@ impl Live {
                 control.add_disk(disk, files, board, open).await
             }
             Change::RemoveDisk { name } => control.remove_disk(&name).await,
+            Change::DiskLimits { name, .. } => {
+                let disk = machine.disks.iter().find(|disk| disk.name.as_str() == name);
+                control.limit_disk(disk.ok_or("no disk")?, board).await
+            }
             Change::AddNic { .. } => {
                 let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
                 let _one = networks.lock().await;

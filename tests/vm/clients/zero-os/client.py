@@ -49,6 +49,12 @@ try:
 except ResultError as error:
     assert error.code != 0, error.code
 
+try:
+    cl.kvm.limit_disk_io(uuid, {"url": "/nowhere"}, totaliopssecset=True, totaliopssec=9)
+    raise AssertionError("a disk that is not there was limited")
+except ResultError as error:
+    assert "is not attached to the vm" in str(error), error
+
 cl.kvm.destroy(uuid)
 assert cl.kvm.list() == []
 try:

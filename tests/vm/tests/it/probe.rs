@@ -53,7 +53,8 @@ fn whole_life(board: &str, accel: &str) {
     let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let more = format!(
         "nics: [{{}}]\nports: [{{host: {port}, guest: 7, protocol: udp}}]\n\
-         disks:\n- {{source: {image}, layered: true}}\n- {{source: {image}, read_only: true}}\n"
+         disks:\n- {{source: {image}, layered: true, limits: {{operations: {{total: {{rate: 900}}}}}}}}\n\
+         - {{source: {image}, read_only: true}}\n"
     );
     lab.ok(&["create", &document(&lab, "p", board, accel, &more)]);
     lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);

@@ -16,6 +16,7 @@ use tokio::sync::broadcast;
 use super::QemuFacts;
 use super::plan::{block_nodes, disk_device, nic_device};
 use super::qmp::{Qmp, QmpError, QmpEvent};
+use super::throttle;
 use crate::backend::DiskFiles;
 
 /// A guest has this long to let go of a device.
@@ -193,6 +194,21 @@ impl Control {
         Ok(())
     }
 
+    /// Makes the calls of a plan that have arguments: connecting has made the others.
+    pub async fn begin(&self, calls: &[Value]) -> Result<(), QmpError> {
+        for call in calls.iter().filter(|call| call["arguments"].is_object()) {
+            let name = call["execute"].as_str().unwrap_or_default();
+            self.qmp.ask(name, call["arguments"].clone()).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts a disk's limits in force, or lifts them.
+    pub async fn limit_disk(&self, disk: &Disk, board: Board) -> Result<(), String> {
+        let arguments = throttle::arguments(disk, board);
+        self.qmp.ask(throttle::COMMAND, arguments).await.map(drop).map_err(|e| e.to_string())
+    }
+
     /// Plugs in `bytes` more memory, as module number `nth`.
     pub async fn add_memory(&self, bytes: u64, nth: usize) -> Result<(), String> {
         let (memory, module) = (format!("mem-{nth}"), format!("dimm-{nth}"));
@@ -259,7 +275,8 @@ impl Control {
                 let _ = self.qmp.ask("blockdev-del", json!({"node-name": node})).await;
             }
         }
-        result.map_err(|e| e.to_string())
+        result.map_err(|e| e.to_string())?;
+        if disk.limits.is_some() { self.limit_disk(disk, board).await } else { Ok(()) }
     }
 
     /// Takes a disk away, with all its layers.

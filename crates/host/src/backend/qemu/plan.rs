@@ -11,7 +11,7 @@ use lodge_spec::capability::{Feature, Need, needs};
 use lodge_spec::machine::{Accel, BackendKind, Board, Boot, BootDevice, Firmware, Machine};
 use serde_json::json;
 
-use crate::backend::qemu::{MODULES, QemuFacts};
+use crate::backend::qemu::{MODULES, QemuFacts, throttle};
 use crate::backend::{
     BootFiles, BootstrapEnd, Cgroup, ConsoleEnd, FIRST_FD, Forward, Launch, Listen, Step, Survey,
     Tap, Unsupported, WardenPlan,
@@ -28,7 +28,7 @@ const MICROVM_DEVICES: usize = 8;
 
 /// What the board has beyond virtio devices.
 pub fn features(board: Board, qemu: &QemuFacts) -> Vec<Feature> {
-    let mut list = vec![Feature::KernelBoot];
+    let mut list = vec![Feature::KernelBoot, Feature::DiskLimits];
     match board {
         Board::Microvm => {}
         Board::Q35 | Board::Pc => list.extend([
@@ -74,7 +74,12 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     boot(&mut args, machine, survey, accel, board, qemu, facts.tsc_khz);
     devices::all(&mut args, machine, survey);
     extras::all(&mut args, machine, survey);
-    let calls = vec![json!({"execute": "qmp_capabilities"}), json!({"execute": "query-status"})];
+    let mut calls =
+        vec![json!({"execute": "qmp_capabilities"}), json!({"execute": "query-status"})];
+    for disk in machine.disks.iter().filter(|disk| disk.limits.is_some()) {
+        let arguments = throttle::arguments(disk, board);
+        calls.push(json!({"execute": throttle::COMMAND, "arguments": arguments}));
+    }
     let warden = warden(machine, survey, facts, qemu, args, accel);
     let board = Some(board);
     Ok(Launch { backend: QEMU, accel, board, notes, steps: survey.steps.clone(), warden, calls })

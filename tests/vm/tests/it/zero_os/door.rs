@@ -140,6 +140,55 @@ fn a_machine_from_its_making_to_its_end_cases_2_and_20_to_24() {
     assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
 }
 
+#[test]
+fn disks_come_and_go_and_are_limited() {
+    let door = Door::new("");
+    let mut client = door.client();
+    let file = |name: &str| {
+        let path = door.lab.home().join(name);
+        std::fs::write(&path, lodge_vm_tests::assets::boot_sector("GUEST-READY\r\n")).unwrap();
+        format!("file://{}", path.display())
+    };
+    let (first, second) = (file("first.img"), file("second.img"));
+    let tune = json!({"totaliopssecset": true, "totaliopssec": 500,
+        "totaliopssecmaxset": true, "totaliopssecmax": 1000, "readbytessec": 7});
+    let media = json!([{"url": first, "type": "disk", "iotune": tune}]);
+    let uuid = client
+        .value("kvm.create", json!({"name": "limited", "cpu": 1, "memory": 128, "media": media}));
+    let held = |disk: usize| {
+        let machine = door.lab.json(&["inspect", "limited"])["machine"].clone();
+        machine["disks"][disk]["limits"].clone()
+    };
+    assert_eq!(held(0), json!({"operations": {"total": {"rate": 500, "burst": 1000}}}));
+    let told = client.value("kvm.get", json!({"uuid": uuid}));
+    assert_eq!(told["params"]["media"][0]["iotune"], tune);
+    let limit = |url: &str| {
+        json!({"uuid": uuid, "media": {"url": url}, "readbytessecset": true,
+            "readbytessec": 1_000_000, "writebytessecset": false, "writebytessec": 5,
+            "groupnameset": true, "groupname": "both"})
+    };
+    assert_eq!(client.value("kvm.limit_disk_io", limit(&first)), Value::Null);
+    let wanted = json!({"bytes": {"read": {"rate": 1_000_000}}, "group": "both"});
+    assert_eq!(held(0), wanted);
+    let (_, why) = client.error("kvm.limit_disk_io", limit(&second));
+    assert_eq!(why, "The disk you tried is not attached to the vm");
+    let by = json!({"uuid": uuid, "media": {"url": second, "iotune": tune}});
+    let (_, why) = client.error("kvm.detach_disk", by.clone());
+    assert_eq!(why, "The disk you tried is not attached to the vm");
+    assert_eq!(client.value("kvm.attach_disk", by.clone()), Value::Null);
+    let (_, why) = client.error("kvm.attach_disk", by.clone());
+    assert_eq!(why, "The disk you tried is already attached to the vm");
+    assert_eq!(client.value("kvm.limit_disk_io", limit(&second)), Value::Null);
+    assert_eq!(held(1), wanted);
+    let lifted = json!({"uuid": uuid, "media": {"url": second}});
+    assert_eq!(client.value("kvm.limit_disk_io", lifted), Value::Null);
+    assert_eq!(held(1), Value::Null);
+    let both = json!({"uuid": uuid, "media": {"url": first}, "totalbytessecset": true,
+        "totalbytessec": 5, "readbytessecset": true, "readbytessec": 5});
+    let (_, why) = client.error("kvm.limit_disk_io", both);
+    assert!(why.contains("excludes"), "{why}");
+}
+
 /// What the guest's web server answers behind a port of this host.
 fn served(port: u16) -> String {
     let begun = std::time::Instant::now();
