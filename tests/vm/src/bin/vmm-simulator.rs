@@ -309,19 +309,7 @@ fn describe(machine: &mut Machine, path: &str, body: &Value) -> Result<(), Strin
             let tap = open_tap(text(body, "host_dev_name")?)?;
             machine.taps.push(tap);
         }
-        "/hotplug/memory" => {
-            known(body, &["total_size_mib", "slot_size_mib", "block_size_mib"])?;
-            let size = |name: &str| body[name].as_u64().ok_or(format!("missing field `{name}`"));
-            let total = size("total_size_mib")?;
-            let (slot, block) = (size("slot_size_mib")?, size("block_size_mib")?);
-            if block < 2 || !block.is_power_of_two() || slot < 128 || slot % block != 0 {
-                return Err("Slot or block size is invalid".into());
-            }
-            if total < slot || total % slot != 0 {
-                return Err("Total size must be a multiple of slot size".into());
-            }
-            machine.memory = (0, total);
-        }
+        "/hotplug/memory" => pluggable(machine, body)?,
         "/entropy" => known(body, &["rate_limiter"])?,
         "/balloon" => known(body, &["amount_mib", "deflate_on_oom", "stats_polling_interval_s"])?,
         "/metrics" => {
@@ -332,6 +320,42 @@ fn describe(machine: &mut Machine, path: &str, body: &Value) -> Result<(), Strin
         _ => return Err(format!("Invalid request method and/or path: PUT {path}.")),
     }
     Ok(())
+}
+
+/// Room for memory to be plugged in.
+fn pluggable(machine: &mut Machine, body: &Value) -> Result<(), String> {
+    known(body, &["total_size_mib", "slot_size_mib", "block_size_mib"])?;
+    let size = |name: &str| body[name].as_u64().ok_or(format!("missing field `{name}`"));
+    let total = size("total_size_mib")?;
+    let (slot, block) = (size("slot_size_mib")?, size("block_size_mib")?);
+    if block < 2 || !block.is_power_of_two() || slot < 128 || slot % block != 0 {
+        return Err("Slot or block size is invalid".into());
+    }
+    if total < slot || total % slot != 0 {
+        return Err("Total size must be a multiple of slot size".into());
+    }
+    machine.memory = (0, total);
+    Ok(())
+}
+
+/// Memory that can be plugged in, once it runs.
+fn plugged(machine: &mut Machine, verb: &str, body: &Value) -> Result<Value, String> {
+    let (now, total) = machine.memory;
+    if total == 0 {
+        return Err("No memory hotplug device".into());
+    }
+    if verb == "GET" {
+        return Ok(json!({"total_size_mib": total, "slot_size_mib": 128, "block_size_mib": 2,
+            "plugged_size_mib": now, "requested_size_mib": now}));
+    }
+    known(body, &["requested_size_mib"])?;
+    let wanted = body["requested_size_mib"].as_u64().ok_or("missing field")?;
+    if wanted > total || wanted % 2 != 0 {
+        return Err("Requested size is invalid".into());
+    }
+    machine.memory.0 = wanted;
+    println!("plugged {wanted}\r");
+    Ok(Value::Null)
 }
 
 fn firecracker_call(
@@ -398,24 +422,9 @@ fn firecracker_call(
                 other => return Err(format!("unknown variant `{other}`")),
             };
         }
-        ("GET", "/hotplug/memory") => {
+        ("GET" | "PATCH", "/hotplug/memory") => {
             running(&machine)?;
-            let (now, total) = machine.memory;
-            if total == 0 {
-                return Err("No memory hotplug device".into());
-            }
-            return Ok(json!({"total_size_mib": total, "slot_size_mib": 128, "block_size_mib": 2,
-                "plugged_size_mib": now, "requested_size_mib": now}));
-        }
-        ("PATCH", "/hotplug/memory") => {
-            running(&machine)?;
-            known(body, &["requested_size_mib"])?;
-            let wanted = body["requested_size_mib"].as_u64().ok_or("missing field")?;
-            if wanted > machine.memory.1 || wanted % 2 != 0 {
-                return Err("Requested size is invalid".into());
-            }
-            machine.memory.0 = wanted;
-            println!("plugged {wanted}\r");
+            return plugged(&mut machine, verb, body);
         }
         ("PUT", _) => {
             before(&machine)?;
