@@ -20,7 +20,7 @@ fn file_system() -> Vec<u8> {
         tree.insert(Node::new(path, kind, 0o644, 0)).expect("a file");
     }
     let size = 64 << 20;
-    let options = Options { size, label: "x".into(), uuid: [7; 16], time: 0, style: Style::Ext4 };
+    let options = Options { size, label: "x".into(), uuid: [7; 16], time: 0, style: Style::Ext4, boot: None };
     let mut out = Cursor::new(vec![0; size as usize]);
     ext4::write_tree(&tree, &mut out, &options, |size, ()| Ok(std::io::repeat(3).take(size)))
         .expect("is written");

@@ -9,12 +9,13 @@ pub mod read;
 mod sink;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use inode::{Extent, Inode};
 use layout::{Allocator, BLOCK, Layout};
 use sink::Sink;
 
+use crate::grub;
 use crate::tree::{self, Entry, Kind, Node, Tree};
 
 /// Which of the family.
@@ -37,7 +38,12 @@ pub struct Options {
     /// Seconds since 1970; the time of creation and of folders that the archive does not name.
     pub time: u32,
     pub style: Style,
+    /// GRUB's first sector: the file system is a disk that boots, and `CORE` is in it.
+    pub boot: Option<Vec<u8>>,
 }
+
+/// Where GRUB's core lies on a disk that boots, in one piece.
+pub const CORE: &str = "boot/grub/core.img";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -134,6 +140,8 @@ struct Writer<'a, W> {
     options: &'a Options,
     tree: Tree<Vec<Extent>>,
     buffer: Vec<u8>,
+    /// GRUB's first sector, once it is known where its core is.
+    first_sector: Option<Vec<u8>>,
 }
 
 impl<'a, W: Write + Seek> Writer<'a, W> {
@@ -142,14 +150,37 @@ impl<'a, W: Write + Seek> Writer<'a, W> {
         tree.insert(Node::new("lost+found", Kind::Directory, 0o700, options.time))?;
         let buffer = vec![0u8; 256 * BLOCK as usize];
         let allocator = Allocator::new(layout);
-        Ok(Self { sink: Sink::new(out), layout, allocator, options, tree, buffer })
+        let sink = Sink::new(out);
+        Ok(Self { sink, layout, allocator, options, tree, buffer, first_sector: None })
     }
 
     /// Takes a node with its contents.
     fn add(&mut self, node: Node<()>, input: &mut impl Read) -> Result<(), Error> {
-        let extents = self.contents(node.size(), input)?;
+        let extents = match &self.options.boot {
+            Some(boot) if node.path == CORE => self.core(boot, node.size(), input)?,
+            _ => self.contents(node.size(), input)?,
+        };
         self.tree.insert(node.with(|()| extents))?;
         Ok(())
+    }
+
+    /// Takes GRUB's core, which is told where it lies, and so is the first sector.
+    fn core(
+        &mut self,
+        boot: &[u8],
+        size: u64,
+        input: &mut impl Read,
+    ) -> Result<Vec<Extent>, Error> {
+        let mut core = Vec::new();
+        input.take(size.min(grub::MAX_CORE as u64 + 1)).read_to_end(&mut core)?;
+        let extents = self.allocate(size.div_ceil(BLOCK))?;
+        let [extent] = extents.as_slice() else {
+            return Err(Error::entry(CORE, "does not lie in one piece"));
+        };
+        let at = extent.start * (BLOCK / 512);
+        self.first_sector = Some(grub::first_sector(boot, at)?);
+        self.sink.put(extent.start * BLOCK, &grub::core(&core, at)?)?;
+        Ok(extents)
     }
 
     /// Copies `size` bytes into newly allocated blocks; long runs of zeroes stay holes in `out`.
@@ -201,6 +232,14 @@ impl<'a, W: Write + Seek> Writer<'a, W> {
             nodes.filter(|(_, n)| n.is_directory()).map(|(i, _)| number(i)).collect();
         let mut out = self.sink.finish()?;
         layout::write_metadata(&mut out, layout, &self.allocator, options, files, &directories)?;
+        match (&options.boot, self.first_sector) {
+            (None, _) => {}
+            (Some(_), Some(sector)) => {
+                out.seek(SeekFrom::Start(0))?;
+                out.write_all(&sector)?;
+            }
+            (Some(_), None) => return Err(Error::entry(CORE, "is not there, so nothing boots")),
+        }
         out.flush()?;
         Ok(Summary { files, used_bytes })
     }

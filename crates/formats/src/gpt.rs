@@ -4,7 +4,7 @@
 
 use std::io::{self, Seek, SeekFrom, Write};
 
-use crate::fat;
+use crate::{fat, grub};
 
 const SECTOR: u64 = 512;
 const ENTRIES: usize = 128;
@@ -53,7 +53,7 @@ pub fn write(
     loader: &Loader<'_>,
 ) -> io::Result<()> {
     let sectors = size / SECTOR;
-    let core = embedded(loader.core)?;
+    let core = grub::core(loader.core, CORE_AT / SECTOR)?;
     let [disk, bios, efi, own] = identities;
     let partitions = [
         (BIOS_BOOT, bios, CORE_AT, MIB, "grub"),
@@ -117,40 +117,15 @@ fn header(own: u64, other: u64, list_at: u64, sectors: u64, disk: u128, list: &[
     head
 }
 
-fn damaged(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("GRUB: {what}"))
-}
-
-/// GRUB's first sector, told where its core is, and the entry that keeps others away.
+/// GRUB's first sector, with the entry that keeps others away.
 fn first_sector(boot: &[u8], sectors: u64) -> io::Result<Vec<u8>> {
-    let code = boot.get(..440).ok_or_else(|| damaged("its first sector is too short"))?;
-    let mut sector = vec![0; SECTOR as usize];
-    sector[..440].copy_from_slice(code);
-    sector[0x5c..0x64].copy_from_slice(&(CORE_AT / SECTOR).to_le_bytes());
-    // The drive is the one that the firmware names.
-    sector[0x64] = 0xff;
-    sector[0x66..0x68].copy_from_slice(&[0x90, 0x90]);
+    let mut sector = grub::first_sector(boot, CORE_AT / SECTOR)?;
     let protective = [0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff];
     sector[446..454].copy_from_slice(&protective);
     sector[454..458].copy_from_slice(&1_u32.to_le_bytes());
     let length = u32::try_from(sectors - 1).unwrap_or(u32::MAX);
     sector[458..462].copy_from_slice(&length.to_le_bytes());
-    sector[510..].copy_from_slice(&[0x55, 0xaa]);
     Ok(sector)
-}
-
-/// GRUB's core, told where the rest of it is.
-fn embedded(core: &[u8]) -> io::Result<Vec<u8>> {
-    if core.len() < SECTOR as usize || core.len() as u64 > MIB {
-        return Err(damaged("its core has an impossible size"));
-    }
-    let mut core = core.to_vec();
-    core.resize(core.len().next_multiple_of(SECTOR as usize), 0);
-    let rest = core.len() as u64 / SECTOR - 1;
-    core[0x1f4..0x1fc].copy_from_slice(&(CORE_AT / SECTOR + 1).to_le_bytes());
-    core[0x1fc..0x1fe].copy_from_slice(&(rest as u16).to_le_bytes());
-    core[0x1fe..0x200].copy_from_slice(&0x0820_u16.to_le_bytes());
-    Ok(core)
 }
 
 /// A part of something larger, as something of its own.
@@ -226,7 +201,7 @@ mod tests {
         let loader = Loader { boot: &[0; 100], core: &[0; 600], efi: &[] };
         let mut out = Cursor::new(vec![0; 30 << 20]);
         assert!(write(&mut out, 30 << 20, 1 << 20, [0; 4], &loader).is_err());
-        assert!(embedded(&[0; 100]).is_err());
-        assert!(embedded(&vec![0; 2 << 20]).is_err());
+        assert!(grub::core(&[0; 100], 1).is_err());
+        assert!(grub::core(&vec![0; 2 << 20], 1).is_err());
     }
 }

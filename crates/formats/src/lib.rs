@@ -6,6 +6,7 @@ pub mod ext4;
 pub mod fat;
 pub mod flist;
 pub mod gpt;
+pub mod grub;
 pub mod iso9660;
 pub mod kernel;
 pub mod mdata;

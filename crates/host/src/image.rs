@@ -2,6 +2,7 @@
 
 pub mod build;
 mod debian;
+pub mod grub;
 pub mod kernel;
 pub mod layer;
 pub mod matrix;

@@ -78,11 +78,12 @@ fn carry_out(commands: &'static [grammar::Command], words: &[String]) -> Result<
         "libs" => session.libs(),
         "cat_tar" => session.cat_tar(),
         "env_check" | "base_archives" | "build_base" | "mkovl" | "ovlindex" => session.admin(),
-        _ => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(session.with_machines())
-        }
+        _ => runtime()?.block_on(session.with_machines()),
     }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 /// Variables that are text; others cannot be told to anybody.

@@ -25,7 +25,11 @@ pub const COMMANDS: &[Command] = &[
     command("busybox_build", "[--clean]", "Build busybox from its archive"),
     command("dropbear_build", "[--clean]", "Build dropbear from its archive"),
     command("iproute2_build", "[--clean]", "Build iproute2 from its archive"),
-    command("mkimage", "[--image=] [--format=] [--size=] [--version=] [--fs=]", "Make a new image"),
+    command(
+        "mkimage",
+        "[--image=] [--format=] [--size=] [--version=] [--fs=] [--bootable]",
+        "Make a new image",
+    ),
     command("ximage", "[--image=] [ovl|tar...]", "Extend an image with overlays"),
     command(
         "mkcdrom",
@@ -55,7 +59,7 @@ pub const COMMANDS: &[Command] = &[
     command("status", "[--quiet]", "Print which VMs run; ends with their number"),
     command("scaleout", "id...", "Start more VMs"),
     command("scalein", "id...", "Stop some VMs"),
-    command("boot_vm", "id [kernel-arg...]", "Start one VM with its console here"),
+    command("boot_vm", "[--bootable] id [kernel-arg...]", "Start one VM with its console here"),
     command("xvm", "id", "Start one VM with its console in an xterm"),
     command("svm", "id", "Start one VM with its console in tmux"),
     command("vm", "id", "Open a VM's console"),
@@ -88,6 +92,7 @@ const OPTIONS: &[&str] = &[
     "base_libs",
     "bbver",
     "bg",
+    "bootable",
     "cached",
     "cdrom",
     "clean",
@@ -135,10 +140,6 @@ const OPTIONS: &[&str] = &[
 
 /// Options of old that have no meaning here, and why.
 const GONE: &[(&str, &str)] = &[
-    (
-        "bootable",
-        "images are booted with a kernel beside them; `lodge run` boots disks with their own",
-    ),
     ("graphic", "nodes have a serial console; `lodge` draws screens for machines that have one"),
     ("kvm", "Lodge picks the hypervisor; `lodge doctor` shows which and why"),
     ("kvm_opt", "Lodge writes the hypervisor's options; `lodge plan` shows them"),

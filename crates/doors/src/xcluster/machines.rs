@@ -13,7 +13,8 @@ use super::nodes::{HOST, Vm, address, hostname, mac};
 pub struct Cluster {
     /// At most 11 characters: the network is called so.
     pub name: NetName,
-    pub kernel: String,
+    /// None: the image boots by itself.
+    pub kernel: Option<String>,
     pub image: String,
     /// Attached where there is one.
     pub cdrom: Option<String>,
@@ -24,6 +25,9 @@ pub struct Cluster {
     /// Host ports for telnet and ssh count from these; none where people are inside the network.
     pub ports: Option<(u16, u16)>,
 }
+
+/// What every kernel is told.
+pub const CMDLINE: [&str; 4] = ["root=/dev/vda", "rw", "init=/init", "console=ttyS0"];
 
 /// The machine's name on this host.
 pub fn name(cluster: &NetName, id: u8) -> String {
@@ -38,8 +42,16 @@ pub fn id_of(cluster: &NetName, name: &str) -> Option<u8> {
 pub fn draft(cluster: &Cluster, vm: &Vm) -> Draft {
     let Cluster { name: own, kernel, image, cdrom, board, ipv6_prefix, ports } = cluster;
     let Vm { id, nets, memory, cpus, append } = vm;
-    let mut cmdline = vec!["root=/dev/vda", "rw", "init=/init", "console=ttyS0"];
-    cmdline.extend(append.iter().map(String::as_str));
+    let append = append.iter().map(String::as_str);
+    let cmdline: Vec<&str> = CMDLINE.into_iter().chain(append).collect();
+    let boot = match kernel {
+        Some(kernel) => BootDraft {
+            kernel: Some(kernel.clone()),
+            cmdline: Some(cmdline.join(" ")),
+            ..BootDraft::default()
+        },
+        None => BootDraft { firmware: Some("bios".into()), ..BootDraft::default() },
+    };
     let mut disks = vec![DiskDraft {
         source: Some(image.clone()),
         layered: Some(true),
@@ -73,11 +85,7 @@ pub fn draft(cluster: &Cluster, vm: &Vm) -> Draft {
         hostname: Some(hostname(*id)),
         memory: Some(MemoryDraft::Text(format!("{memory}MiB"))),
         cpus: Some(CpusDraft::Count(*cpus)),
-        boot: Some(BootDraft {
-            kernel: Some(kernel.clone()),
-            cmdline: Some(cmdline.join(" ")),
-            ..BootDraft::default()
-        }),
+        boot: Some(boot),
         disks: Some(disks),
         nics: Some(nets.iter().map(nic).collect()),
         ports: Some(lines),
@@ -105,7 +113,7 @@ mod tests {
     fn a_router_becomes_a_machine() {
         let cluster = Cluster {
             name: "xc".parse().unwrap(),
-            kernel: "/k/bzImage".into(),
+            kernel: Some("/k/bzImage".into()),
             image: "/k/hd.img".into(),
             cdrom: Some("/k/cdrom.iso".into()),
             board: None,

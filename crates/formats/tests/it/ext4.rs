@@ -9,7 +9,14 @@ use lodge_formats::ext4::{Error, Options, Style, write_tar, write_tree};
 use lodge_formats::tree::Kind;
 
 fn options(size: u64) -> Options {
-    Options { size, label: "test".into(), uuid: [7; 16], time: 1_700_000_000, style: Style::Ext4 }
+    Options {
+        size,
+        label: "test".into(),
+        uuid: [7; 16],
+        time: 1_700_000_000,
+        style: Style::Ext4,
+        boot: None,
+    }
 }
 
 #[expect(clippy::disallowed_methods, reason = "a test runs the reference tools")]

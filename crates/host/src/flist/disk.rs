@@ -47,8 +47,14 @@ pub(super) fn write(tree: &Tree, to: &Path) -> Result<(), String> {
     let _ = std::fs::remove_file(to);
     let file = File::create_new(to).map_err(|e| text(&e))?;
     file.set_len(size).map_err(|e| text(&e))?;
-    let options =
-        Options { size, label: "root".into(), uuid: [0; 16], time: 0, style: Style::Ext4 };
+    let options = Options {
+        size,
+        label: "root".into(),
+        uuid: [0; 16],
+        time: 0,
+        style: Style::Ext4,
+        boot: None,
+    };
     let open = |_, ino: &u64| Ok(Contents { tree, ino: *ino, at: 0 });
     ext4::write_tree(&names, &file, &options, open).map_err(|e| text(&e))?;
     Ok(())

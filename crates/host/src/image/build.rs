@@ -99,6 +99,7 @@ impl Images {
             uuid: super::store::identity(&identity),
             time: 1_700_000_000,
             style: ext4::Style::Ext4,
+            boot: None,
         };
         let archive = BufReader::with_capacity(1 << 20, File::open(tree).map_err(text)?);
         ext4::write_tar(archive, part.as_file(), &options, |done| {

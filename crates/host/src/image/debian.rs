@@ -209,32 +209,60 @@ impl Make<'_> {
     }
 }
 
-/// What of a failed tool's words says why it failed.
+/// What of a failed tool's words says why it failed: its first complaints, and what the programs that
+/// it runs said just before them.
 #[derive(Default)]
 struct Why {
-    /// The first complaints, which those after them follow from.
     complaints: Vec<String>,
+    before: Vec<String>,
     last: Vec<String>,
 }
 
 impl Why {
     fn hear(&mut self, line: String) {
+        /// How apt, dpkg and mmdebstrap tell how far they are.
+        const PROGRESS: &[&str] = &[
+            "I: ",
+            "Inst ",
+            "Get:",
+            "Hit:",
+            "Ign:",
+            "Fetched ",
+            "Reading ",
+            "(Reading ",
+            "Building ",
+            "Selecting ",
+            "Preparing ",
+            "Unpacking ",
+            "Setting up ",
+            "Processing ",
+            "Need to get ",
+            "After this ",
+        ];
+        if PROGRESS.iter().any(|progress| line.starts_with(progress)) {
+            return;
+        }
         let complaint = line.strip_prefix("E: ").or_else(|| line.strip_prefix("dpkg: error "));
-        if let Some(complaint) = complaint
-            && self.complaints.len() < 2
-        {
-            self.complaints.push(complaint.to_owned());
+        if let Some(complaint) = complaint {
+            if self.complaints.is_empty() {
+                let from = self.last.len().saturating_sub(2);
+                self.before = self.last.split_off(from);
+            }
+            if self.complaints.len() < 2 {
+                self.complaints.push(complaint.to_owned());
+            }
+            return;
         }
-        if !line.starts_with("I: ") && !line.starts_with("Inst ") {
-            self.last.push(line);
-            let excess = self.last.len().saturating_sub(8);
-            self.last.drain(..excess);
-        }
+        self.last.push(line);
+        let excess = self.last.len().saturating_sub(8);
+        self.last.drain(..excess);
     }
 
     fn said(&self) -> String {
-        let lines = if self.complaints.is_empty() { &self.last } else { &self.complaints };
-        lines.join("; ")
+        match self.complaints.is_empty() {
+            true => self.last.join("; "),
+            false => [&self.before[..], &self.complaints[..]].concat().join("; "),
+        }
     }
 }
 
@@ -312,4 +340,39 @@ fn write_overlay(path: &PathBuf, files: &[File], links: &[(String, String)]) -> 
         tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), name, target)?;
     }
     tar.into_inner()?.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(lines: &[&str]) -> String {
+        let mut why = Why::default();
+        lines.iter().for_each(|line| why.hear((*line).to_owned()));
+        why.said()
+    }
+
+    #[test]
+    fn the_cause_is_said_and_not_what_follows_from_it() {
+        let full = [
+            "Get:1 x",
+            "I: extracting archives...",
+            "tar: ./usr/x: Cannot write: No space left on device",
+            "tar: Exiting with failure status",
+            "E: tar --extract failed: 512",
+            "E: mmdebstrap failed",
+            "E: more",
+            "I: main() received signal PIPE",
+        ];
+        assert_eq!(
+            said(&full),
+            "tar: ./usr/x: Cannot write: No space left on device; tar: Exiting with failure status; \
+             tar --extract failed: 512; mmdebstrap failed"
+        );
+        assert_eq!(
+            said(&["Get:1 x", "E: Failed to fetch y  404", "E: z"]),
+            "Failed to fetch y  404; z"
+        );
+        assert_eq!(said(&["Get:1 x", "one", "two"]), "one; two");
+    }
 }

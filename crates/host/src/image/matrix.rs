@@ -3,7 +3,6 @@
 
 mod contents;
 mod disk;
-mod grub;
 mod make;
 mod pack;
 mod provenance;

@@ -13,12 +13,16 @@ pub use lodge_formats::ext4::Style;
 use lodge_formats::ext4::{self, Summary};
 use lodge_formats::qcow2::volume;
 use lodge_formats::sniff::{self, Kind};
-use lodge_formats::tree::Tree;
+use lodge_formats::tree::{self, Tree};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
 use super::ahead::Ahead;
 use super::content::{Content, Source};
 use crate::backend::DiskFormat;
+
+/// Where GRUB's first sector is kept on a disk that boots, so that it still does when it is written
+/// anew.
+pub const FIRST_SECTOR: &str = "boot/grub/boot.img";
 
 /// What does not follow from a tree.
 #[derive(Clone, Debug)]
@@ -63,6 +67,14 @@ pub fn read(path: &Path) -> Result<Read, String> {
     Ok(Read { make: Make { size, format, style, label, uuid }, tree })
 }
 
+/// What a disk begins with that boots by itself: its tree holds it.
+fn first_sector(tree: &Tree<Content>) -> std::io::Result<Option<Vec<u8>>> {
+    match tree.get(FIRST_SECTOR).map(|node| &node.kind) {
+        Some(tree::Kind::File { contents, size }) => contents.read((*size).min(512)).map(Some),
+        _ => Ok(None),
+    }
+}
+
 /// Keeps others from making disks in the same folder for as long as it lives. Waits for those who
 /// are at it.
 pub struct Lock {
@@ -99,6 +111,7 @@ impl Lock {
             uuid: make.uuid,
             time: super::epoch(),
             style: make.style,
+            boot: first_sector(tree).map_err(|e| text(&e))?,
         };
         let mut ahead = Ahead::new(tree);
         let open = |size, content: &Content| ahead.open(size, content);

@@ -3,18 +3,19 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lodge_formats::ext4::Summary;
-use lodge_formats::tree::Tree;
+use lodge_formats::ext4::{self, Summary};
+use lodge_formats::tree::{Kind, Node, Tree};
 use lodge_jail::script;
 use sha2::{Digest, Sha256};
 
 use super::archive::Layer;
 use super::base::Base;
 use super::content::Content;
-use super::disk::{Lock, Make, Style, read};
+use super::disk::{self, Lock, Make, Style, read};
 use super::epoch;
 use super::provenance::{self, Made};
 use crate::backend::DiskFormat;
+use crate::image::grub::WholeDisk;
 
 /// What was made.
 pub struct New {
@@ -23,10 +24,52 @@ pub struct New {
     pub libraries: Vec<String>,
 }
 
+/// What lets an image boot by itself.
+pub struct Boot<'a> {
+    pub grub: &'a WholeDisk,
+    /// A bzImage.
+    pub kernel: &'a Path,
+    pub cmdline: &'a str,
+}
+
+impl Boot<'_> {
+    fn lay_into(&self, tree: &mut Tree<Content>) -> Result<(), String> {
+        let Self { grub: WholeDisk { boot, core }, kernel, cmdline } = self;
+        let menu = format!(
+            "set timeout=0\nserial --unit=0 --speed=115200\nterminal_input console serial\n\
+             terminal_output console serial\nlinux /boot/bzImage {cmdline}\nboot\n"
+        );
+        let size = fs::metadata(kernel).map_err(|e| format!("{}: {e}", kernel.display()))?.len();
+        let files = [
+            (disk::FIRST_SECTOR, Content::of(&boot[..]), boot.len() as u64),
+            (ext4::CORE, Content::of(&core[..]), core.len() as u64),
+            ("boot/grub/grub.cfg", Content::of(menu.as_bytes()), menu.len() as u64),
+            ("boot/bzImage", Content::Path((*kernel).to_owned()), size),
+        ];
+        for folder in ["boot", "boot/grub"] {
+            let node = Node::new(folder, Kind::Directory, 0o755, epoch());
+            tree.lay(node).map_err(|e| e.to_string())?;
+        }
+        for (path, contents, size) in files {
+            let node = Node::new(path, Kind::File { contents, size }, 0o644, epoch());
+            tree.lay(node).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+}
+
 /// Makes an image from a base, in the place of whatever is there. The identity in `make` is
 /// replaced by one that follows from the contents.
-pub fn make(path: &Path, base: &Base, mut make: Make) -> Result<New, String> {
+pub fn make(
+    path: &Path,
+    base: &Base,
+    boot: Option<&Boot<'_>>,
+    mut make: Make,
+) -> Result<New, String> {
     let mut tree = base.tree(epoch())?;
+    if let Some(boot) = boot {
+        boot.lay_into(&mut tree)?;
+    }
     let (sha256, bytes, entries) = provenance::digest(&tree)?;
     let layers = [Made { name: "base".into(), sha256, bytes, entries }];
     make.uuid = provenance::put(&mut tree, &layers, epoch())?;

@@ -41,7 +41,8 @@ impl Session {
         for name in WITHOUT_EFFECT.iter().filter(|name| self.settings.text(name).is_some()) {
             say(&format!("WARNING: {name} has no effect here"));
         }
-        let kernel = self.kernel()?;
+        let own = self.settings.flag("__bootable");
+        let kernel = if own { None } else { Some(self.kernel()?) };
         let image = self.settings.path("__image");
         if !image.is_file() {
             bail!("Image not found [{}]; xc mkimage makes it", image.display());
@@ -61,7 +62,7 @@ impl Session {
         let ports = (base("XCLUSTER_TELNET_BASE", 12000)?, base("XCLUSTER_SSH_BASE", 12300)?);
         Ok(Cluster {
             name: self.network()?,
-            kernel: absolute(&kernel)?,
+            kernel: kernel.as_deref().map(absolute).transpose()?,
             image: absolute(&image)?,
             cdrom: cdrom.is_file().then(|| absolute(&cdrom)).transpose()?,
             board: self.settings.text("__machine").map(str::to_owned),
@@ -262,6 +263,9 @@ impl Session {
         let id = told(nodes::id(self.word(0, "the number of a VM")?))?;
         let cluster = self.cluster()?;
         let vm = self.vm_of(id, &self.line.words[1..])?;
+        if cluster.kernel.is_none() && self.line.words.len() > 1 {
+            bail!("an image that boots by itself has its kernel's words in it");
+        }
         let mut client = self.client().await?;
         self.refuse_active(&mut client, &[id]).await?;
         let target = self.launch(&mut client, &cluster, &vm).await?;

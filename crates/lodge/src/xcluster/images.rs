@@ -6,18 +6,21 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use lodge_doors::xcluster::machines;
 use lodge_host::backend::DiskFormat;
+use lodge_host::image::grub::WholeDisk;
 use lodge_host::rootfs::archive::{self, Layer};
 use lodge_host::rootfs::disk::{Make, Style};
+use lodge_host::rootfs::image::Boot;
 use lodge_host::rootfs::overlay::{self, Found, Purpose, Runner};
 use lodge_host::rootfs::{cdrom, image, programs};
 
-use super::{Session, foreign, print, say, told};
+use super::{Session, foreign, print, runtime, say, told};
 
 impl Session {
     pub(super) fn mkimage(&self) -> Result<u8> {
         // Its modules are in the image.
-        self.kernel()?;
+        let kernel = self.kernel()?;
         let base = self.base()?;
         let make = Make {
             size: self.size()?,
@@ -35,7 +38,14 @@ impl Session {
             uuid: [0; 16],
         };
         let path = self.settings.path("__image");
-        let image::New { summary, libraries } = told(image::make(&path, &base, make))?;
+        let grub = match self.settings.flag("__bootable") {
+            true => Some(told(runtime()?.block_on(WholeDisk::make()))?),
+            false => None,
+        };
+        let cmdline = machines::CMDLINE.join(" ");
+        let boot = grub.as_ref().map(|grub| Boot { grub, kernel: &kernel, cmdline: &cmdline });
+        let made = image::make(&path, &base, boot.as_ref(), make);
+        let image::New { summary, libraries } = told(made)?;
         let list = self.settings.path("__base_libs");
         fs::write(&list, libraries.join("\n") + "\n")
             .with_context(|| list.display().to_string())?;

@@ -9,8 +9,8 @@ use lodge_formats::ext4;
 use lodge_formats::gpt::{self, Loader, Part};
 use lodge_formats::qcow2::volume;
 
-use super::grub::Grub;
 use crate::image::debian::EPOCH;
+use crate::image::grub::Grub;
 
 const MIB: u64 = 1 << 20;
 /// A root has at least this, where the disk does: it grows into larger disks at first boot.
@@ -62,6 +62,7 @@ impl Plan<'_> {
             uuid: self.root,
             time: EPOCH,
             style: ext4::Style::Ext4,
+            boot: None,
         };
         let archive = File::open(self.tree).map_err(text)?;
         let archive = BufReader::with_capacity(1 << 20, archive);

@@ -13,12 +13,12 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Mutex, Semaphore};
 
 use super::disk::Plan;
-use super::grub::Grub;
 use super::pack::{self, Sums};
 use super::provenance::{self, Output, Package, Provenance};
 use super::{Compress, Entry, GB, Matrix, contents};
 use crate::image::build::Tell;
 use crate::image::debian::Make;
+use crate::image::grub::Grub;
 use crate::image::store::{digest_of, hex, identity};
 use crate::paths::{sibling_program, write_atomically};
 

@@ -191,6 +191,41 @@ fn consoles_are_windows_of_tmux_or_here() {
     assert_eq!(tmux(&["list-sessions"]), "");
 }
 
+/// Its kernel is in it, and stays when the image is extended; it boots with one beside it as well.
+#[test]
+fn an_image_may_boot_by_itself() {
+    let mut xc = Xc::new();
+    for (style, beside) in [("ext4", false), ("ext3", false), ("ext4", true)] {
+        xc.ok(&["mkimage", "--bootable", "--size=500M", &format!("--fs={style}")]);
+        xc.files("added", &[("etc/added", style)]);
+        xc.ok(&["ximage", "added"]);
+        // Only looked at where the image does not have one.
+        let kernel = lodge_vm_tests::xcluster::kernel().0;
+        xc.unset("__kbin");
+        let bootable: &[&str] = match beside {
+            true => &["boot_vm", "1"],
+            false => &["boot_vm", "--bootable", "1"],
+        };
+        if beside {
+            xc.set("__kbin", kernel.to_str().unwrap());
+        }
+        drop(xc.raw());
+        let mut here = xc.command(bootable);
+        here.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut here = here.spawn().unwrap();
+        lodge_vm_tests::lab::wait_for_text(&mut here, "vm-001 ");
+        assert_eq!(xc.rsh(1, "cat /etc/added"), style);
+        let cmdline = xc.rsh(1, "cat /proc/cmdline");
+        assert!(cmdline.contains("root=/dev/vda rw init=/init console=ttyS0"), "{cmdline}");
+        assert_eq!(cmdline.contains("BOOT_IMAGE=/boot/bzImage"), !beside, "{cmdline}");
+        xc.ok(&["scalein", "--now", "1"]);
+        assert!(here.wait().unwrap().success());
+        let said = xc.fails(&["boot_vm", "--bootable", "1", "word=1"]);
+        assert!(said.contains("its kernel's words in it"), "{said}");
+        xc.set("__kbin", kernel.to_str().unwrap());
+    }
+}
+
 #[test]
 fn a_node_that_does_not_answer_is_named_and_left_to_be_looked_at() {
     let mut xc = Xc::with_image();
