@@ -1,10 +1,34 @@
-//! Where devices are: on the PCI buses, and where the command line names them.
+//! Where devices are: on the PCI buses, and where the command line or the description of the machine
+//! names them.
 
 use crate::io::{Place, inl, outl, reach};
 use crate::tables::Tables;
 use crate::virtio::Transport;
 
 const VIRTIO: u32 = 0x1af4;
+
+/// A virtio device that is there. Its registers are looked for when it is to be used.
+pub(crate) struct Found {
+    /// No other device's.
+    pub(crate) name: u64,
+    pub(crate) kind: u32,
+    at: At,
+}
+
+enum At {
+    Mmio(Place),
+    /// Behind a bridge that lets this memory through.
+    Pci(Function, u32),
+}
+
+impl Found {
+    pub(crate) fn transport(&self) -> Option<Transport> {
+        match self.at {
+            At::Mmio(base) => Some(Transport::Mmio(base)),
+            At::Pci(function, window) => function.transport(window),
+        }
+    }
+}
 
 /// A place on the buses: bus, device, function, as the address port takes them.
 #[derive(Clone, Copy)]
@@ -82,12 +106,12 @@ pub(crate) fn is_pc() -> bool {
     matches!(Function(0).read(0), 0x29c0_8086 | 0x1237_8086)
 }
 
-/// Shows every virtio device: what names it, its kind, its registers.
-pub(crate) fn pci(see: &mut dyn FnMut(u64, u32, Transport)) {
+/// Shows every virtio device on the buses.
+pub(crate) fn pci(see: &mut dyn FnMut(Found)) {
     bus(0, 0, see);
 }
 
-fn bus(bus: u32, window: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
+fn bus(bus: u32, window: u32, see: &mut dyn FnMut(Found)) {
     for device in 0..32 {
         for function in 0..8 {
             let function = Function(bus << 8 | device << 3 | function);
@@ -111,9 +135,8 @@ fn bus(bus: u32, window: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
                     id @ 0x1040..=0x107f => id - 0x1040,
                     _ => function.read(0x2c) >> 16,
                 };
-                if let Some(transport) = function.transport(window) {
-                    see(1 << 63 | u64::from(function.0), kind, transport);
-                }
+                let name = 1 << 63 | u64::from(function.0);
+                see(Found { name, kind, at: At::Pci(function, window) });
             }
             if function.0 & 7 == 0 && header & 0x80 == 0 {
                 break;
@@ -124,7 +147,7 @@ fn bus(bus: u32, window: u32, see: &mut dyn FnMut(u64, u32, Transport)) {
 
 /// Shows the devices that `virtio_mmio.device=SIZE@ADDRESS:INTERRUPT` names, and those that the
 /// description of the machine has memory for.
-pub(crate) fn mmio(cmdline: &[u8], tables: &Tables, see: &mut dyn FnMut(u64, u32, Transport)) {
+pub(crate) fn mmio(cmdline: &[u8], tables: &Tables, see: &mut dyn FnMut(Found)) {
     let named = values(cmdline, b"virtio_mmio.device=").filter_map(|value| {
         let address = value.split(|b| *b == b'@').nth(1)?;
         address.split(|b| *b == b':').next().map(number)
@@ -136,7 +159,7 @@ pub(crate) fn mmio(cmdline: &[u8], tables: &Tables, see: &mut dyn FnMut(u64, u32
         let base = reach(address);
         // "virt", and the version without legacy.
         if base.read::<u32>() == 0x7472_6976 && base.plus(4).read::<u32>() == 2 {
-            see(address, base.plus(8).read(), Transport::Mmio(base));
+            see(Found { name: address, kind: base.plus(8).read(), at: At::Mmio(base) });
         }
     }
 }

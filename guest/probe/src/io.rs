@@ -4,41 +4,32 @@
 use core::arch::asm;
 use core::ptr::{read_volatile, write_volatile};
 
-pub(crate) fn inb(port: u16) -> u8 {
-    let value: u8;
-    // SAFETY: reading a port changes none of our memory.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack)) };
-    value
+/// Reading and writing ports of one width, by the register that it takes.
+macro_rules! ports {
+    ($in:ident, $out:ident, $value:ty, $register:tt) => {
+        pub(crate) fn $in(port: u16) -> $value {
+            let value: $value;
+            // SAFETY: reading a port changes none of our memory.
+            unsafe {
+                asm!(concat!("in ", $register, ", dx"), in("dx") port, out($register) value,
+                    options(nomem, nostack));
+            }
+            value
+        }
+
+        pub(crate) fn $out(port: u16, value: $value) {
+            // SAFETY: no device behind a port writes memory before its queue is set up.
+            unsafe {
+                asm!(concat!("out dx, ", $register), in("dx") port, in($register) value,
+                    options(nomem, nostack));
+            }
+        }
+    };
 }
 
-pub(crate) fn outb(port: u16, value: u8) {
-    // SAFETY: no device behind a port writes memory before its queue is set up.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) };
-}
-
-pub(crate) fn inw(port: u16) -> u16 {
-    let value: u16;
-    // SAFETY: as for `inb`.
-    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack)) };
-    value
-}
-
-pub(crate) fn outw(port: u16, value: u16) {
-    // SAFETY: as for `outb`.
-    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack)) };
-}
-
-pub(crate) fn inl(port: u16) -> u32 {
-    let value: u32;
-    // SAFETY: as for `inb`.
-    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack)) };
-    value
-}
-
-pub(crate) fn outl(port: u16, value: u32) {
-    // SAFETY: as for `outb`.
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack)) };
-}
+ports!(inb, outb, u8, "al");
+ports!(inw, outw, u16, "ax");
+ports!(inl, outl, u32, "eax");
 
 /// Cycles since the processor was started; goes on where a snapshot left it.
 pub(crate) fn cycles() -> u64 {

@@ -20,6 +20,7 @@ mod virtio;
 
 use console::{Typed, say};
 use disk::{Disk, Request};
+use find::Found;
 use io::{Place, cycles};
 use net::{Frames, Net};
 use power::Power;
@@ -94,16 +95,23 @@ impl Probe {
     /// Takes what is there and not known yet.
     fn find(&mut self, tables: &Tables) {
         let (text, length) = (self.cmdline, self.length);
-        let mut see = |name, kind, transport| self.meet(name, kind, transport);
-        find::mmio(text.get(..length).unwrap_or_default(), tables, &mut see);
-        find::pci(&mut see);
+        let text = text.get(..length).unwrap_or_default();
+        find::mmio(text, tables, &mut |found| self.meet(&found));
+        self.find_plugged();
     }
 
-    fn meet(&mut self, name: u64, kind: u32, transport: Transport) {
+    /// Takes what is on the buses, where things are plugged in.
+    fn find_plugged(&mut self) {
+        find::pci(&mut |found| self.meet(&found));
+    }
+
+    fn meet(&mut self, found: &Found) {
+        let Found { name, kind, .. } = *found;
         let known = self.known.get(..self.devices).unwrap_or_default();
         if known.contains(&name) || !matches!(kind, 1 | 2) {
             return;
         }
+        let Some(transport) = found.transport() else { return };
         let Some(place) = self.known.get_mut(self.devices) else { return };
         *place = name;
         let own = self.devices;
@@ -137,11 +145,6 @@ impl Probe {
                 self.show_disk(free);
             }
         }
-    }
-
-    /// Takes what has been plugged in.
-    fn find_plugged(&mut self) {
-        find::pci(&mut |name, kind, transport| self.meet(name, kind, transport));
     }
 
     /// The address of an interface: what `probe.ip=` says, and the ones after it.

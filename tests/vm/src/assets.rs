@@ -291,6 +291,11 @@ pub fn debian_with(home: &Path, packages: &str) {
     }
 }
 
+/// Whether KVM opens; what it can run is another question.
+pub fn kvm_opens() -> bool {
+    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
 /// The guest that needs no Linux, as it was built beside `lodge`.
 pub fn probe() -> String {
     crate::lab::program().with_file_name("probe").to_string_lossy().into_owned()

@@ -227,6 +227,13 @@ impl Lab {
         end(console);
     }
 
+    /// How far a guest that counts aloud has come.
+    pub fn ticks(&self, name: &str) -> u64 {
+        let text = self.console_text(name);
+        let ticks = text.lines().filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok());
+        ticks.max().unwrap_or(0)
+    }
+
     pub fn attach(&self, name: &str) -> Child {
         let mut command = self.command(&["console", name]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());

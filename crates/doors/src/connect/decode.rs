@@ -195,9 +195,12 @@ mod tests {
     use super::*;
     use buffa::Message;
 
+    fn taken(bytes: &[u8], format: CodecFormat) -> Result<CreateVmRequest, ConnectError> {
+        create(bytes, format, &mut Vec::new())
+    }
+
     fn read(text: &str) -> Result<CreateVmRequest, String> {
-        create(text.as_bytes(), CodecFormat::Json, &mut Vec::new())
-            .map_err(|e| e.message.unwrap_or_default())
+        taken(text.as_bytes(), CodecFormat::Json).map_err(|e| e.message.unwrap_or_default())
     }
 
     #[test]
@@ -237,7 +240,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes: Vec<u8>) {
             for format in [CodecFormat::Json, CodecFormat::Proto] {
-                let _ = create(&bytes, format, &mut Vec::new());
+                let _ = taken(&bytes, format);
             }
         }
 
@@ -255,7 +258,7 @@ mod tests {
                 message[at % other] = byte;
             }
             for (bytes, format) in [(text, CodecFormat::Json), (message, CodecFormat::Proto)] {
-                if let Err(error) = create(&bytes, format, &mut Vec::new()) {
+                if let Err(error) = taken(&bytes, format) {
                     proptest::prop_assert_eq!(error.code, connectrpc::ErrorCode::InvalidArgument);
                 }
             }
@@ -275,8 +278,8 @@ mod tests {
             config.storage[0].read_only = read_only;
             let json = encode(&request, CodecFormat::Json).unwrap();
             let proto = encode(&request, CodecFormat::Proto).unwrap();
-            proptest::prop_assert_eq!(&create(&json, CodecFormat::Json, &mut Vec::new()).unwrap(), &request);
-            proptest::prop_assert_eq!(&create(&proto, CodecFormat::Proto, &mut Vec::new()).unwrap(), &request);
+            proptest::prop_assert_eq!(&taken(&json, CodecFormat::Json).unwrap(), &request);
+            proptest::prop_assert_eq!(&taken(&proto, CodecFormat::Proto).unwrap(), &request);
         }
     }
 

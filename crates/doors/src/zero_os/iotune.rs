@@ -37,10 +37,12 @@ pub(super) fn kept(arguments: &Value) -> Value {
 
 /// What they mean; nothing where none is set.
 pub(super) fn limits(given: &Value) -> Result<Option<DiskLimits>, Failure> {
-    if let Some(odd) = given.as_object().into_iter().flat_map(Map::keys).find(|key| {
-        let known = names();
-        !known.contains(key) && !known.iter().any(|name| **key == format!("{name}set"))
-    }) {
+    let names = names();
+    let known = |key: &str| {
+        let value = key.strip_suffix("set").unwrap_or(key);
+        names.iter().any(|name| name == value)
+    };
+    if let Some(odd) = given.as_object().into_iter().flat_map(Map::keys).find(|key| !known(key)) {
         return Err(Failure::new(format!("iotune has no {odd}")));
     }
     let set = |name: &str| given[format!("{name}set")] == true;

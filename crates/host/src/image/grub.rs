@@ -17,6 +17,10 @@ const COMMON: &[&str] =
     &["ext2", "normal", "linux", "configfile", "serial", "terminal", "test", "echo"];
 const MISSING: &str = "`apt-get install grub-common grub-pc-bin grub-efi-amd64-bin` adds it";
 
+/// How every menu begins: no waiting, and heard and seen on the screen and on the serial port.
+pub(crate) const CONSOLES: &str = "set timeout=0\nserial --unit=0 --speed=115200\nterminal_input \
+                                   console serial\nterminal_output console serial\n";
+
 /// For a disk with partitions, of which the third one is the root.
 pub(crate) struct Grub {
     pub(crate) boot: Vec<u8>,

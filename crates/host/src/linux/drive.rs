@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::backend::Launch;
 use crate::backend::api::{Api, ApiError};
+use crate::backend::qemu::control::Stands;
 use crate::backend::qemu::qmp::{Qmp, QmpError, QmpEvent};
 use crate::backend::{cloud_hypervisor, firecracker, qemu};
 
@@ -101,12 +102,14 @@ impl Drive {
         }
     }
 
-    pub(super) async fn is_paused(&self) -> bool {
-        match self {
-            Drive::Qemu(control) => control.is_paused().await.unwrap_or(false),
+    /// How the guest stands; who cannot say is taken to run it.
+    pub(super) async fn stands(&self) -> Stands {
+        let paused = match self {
+            Drive::Qemu(control) => return control.stands().await.unwrap_or(Stands::Running),
             Drive::Firecracker(control) => control.is_paused().await.unwrap_or(false),
             Drive::CloudHypervisor(control) => control.is_paused().await.unwrap_or(false),
-        }
+        };
+        if paused { Stands::Still } else { Stands::Running }
     }
 
     /// What the disks have carried; nothing where the hypervisor does not answer.

@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::drive::{Drive, Told, Unreached, reach};
 use super::launch::launch_file;
 use super::usage::Sample;
-use crate::backend::qemu::control::{Control, disk_error, meaning};
+use crate::backend::qemu::control::{Control, Stands, disk_error, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
 use crate::backend::{FIRST_FD, Forward, Launch, ScreenPort, Survey, Tap};
 use crate::facts::Facts;
@@ -174,13 +174,12 @@ pub(super) async fn adopt(run: &Path, sink: Sink) -> Result<(Live, Found), Resul
     };
     let Status { ready, panic, .. } = warden.status.clone();
     let live = go_on(launch, warden, drive, told, sink.clone());
-    let paused = live.drive.is_paused().await;
+    let stands = live.drive.stands().await;
     if let Some(line) = panic {
         let _ = sink.send(Report::Seen(Seen::Panicked(line)));
     }
-    if let Drive::Qemu(control) = &live.drive
-        && let Some(why) = control.fault().await
-    {
+    let paused = !matches!(stands, Stands::Running);
+    if let Stands::Broken(why) = stands {
         let _ = sink.send(Report::Seen(Seen::Broken(why)));
     }
     Ok((live, Found::Alive { paused, ready }))
@@ -210,7 +209,10 @@ async fn hear_hypervisor(
             mark(&sink, "disk-error", &error);
         }
         let seen = match meaning(&event) {
-            Some(Seen::Paused) => control.fault().await.map(Seen::Broken).or(Some(Seen::Paused)),
+            Some(Seen::Paused) => match control.stands().await {
+                Ok(Stands::Broken(why)) => Some(Seen::Broken(why)),
+                _ => Some(Seen::Paused),
+            },
             seen => seen,
         };
         if let Some(seen) = seen {

@@ -15,7 +15,7 @@ use super::disk::{self, Lock, Make, Style, read};
 use super::epoch;
 use super::provenance::{self, Made};
 use crate::backend::DiskFormat;
-use crate::image::grub::WholeDisk;
+use crate::image::grub::{CONSOLES, WholeDisk};
 
 /// What was made.
 pub struct New {
@@ -35,10 +35,7 @@ pub struct Boot<'a> {
 impl Boot<'_> {
     fn lay_into(&self, tree: &mut Tree<Content>) -> Result<(), String> {
         let Self { grub: WholeDisk { boot, core }, kernel, cmdline } = self;
-        let menu = format!(
-            "set timeout=0\nserial --unit=0 --speed=115200\nterminal_input console serial\n\
-             terminal_output console serial\nlinux /boot/bzImage {cmdline}\nboot\n"
-        );
+        let menu = format!("{CONSOLES}linux /boot/bzImage {cmdline}\nboot\n");
         let size = fs::metadata(kernel).map_err(|e| format!("{}: {e}", kernel.display()))?.len();
         let files = [
             (disk::FIRST_SECTOR, Content::of(&boot[..]), boot.len() as u64),

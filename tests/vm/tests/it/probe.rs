@@ -7,11 +7,6 @@ use std::time::Duration;
 use lodge_vm_tests::lab::wait_for_text;
 use lodge_vm_tests::{Lab, assets, need};
 
-/// Whether KVM opens; whether it can run Linux does not matter to this guest.
-fn kvm_opens() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
-}
-
 fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> String {
     let kernel = assets::probe();
     let text = format!(
@@ -22,12 +17,6 @@ fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> Stri
     let file = lab.home().join(format!("{name}.yaml"));
     std::fs::write(&file, text).unwrap();
     file.to_string_lossy().into_owned()
-}
-
-fn ticks(lab: &Lab, name: &str) -> u64 {
-    let text = lab.console_text(name);
-    let ticks = text.lines().filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok());
-    ticks.max().unwrap_or(0)
 }
 
 /// A datagram there and back.
@@ -66,14 +55,14 @@ fn whole_life(board: &str, accel: &str) {
     }
     echo(port);
     // It stands still, and goes on where it stood.
-    lab.until("ticks", || ticks(&lab, "p") > 3);
+    lab.until("ticks", || lab.ticks("p") > 3);
     lab.ok(&["pause", "p"]);
-    let stood = ticks(&lab, "p");
+    let stood = lab.ticks("p");
     lab.kill_daemon();
-    assert_eq!((lab.state("p").as_str(), ticks(&lab, "p")), ("paused", stood));
+    assert_eq!((lab.state("p").as_str(), lab.ticks("p")), ("paused", stood));
     lab.ok(&["resume", "p"]);
-    lab.until("ticks again", || ticks(&lab, "p") > stood);
-    assert!(ticks(&lab, "p") >= stood);
+    lab.until("ticks again", || lab.ticks("p") > stood);
+    assert!(lab.ticks("p") >= stood);
     // What is written is there the next time, and nowhere else.
     lab.type_and_see("p", "write 0 5 kept\n", "written");
     lab.type_and_see("p", "write 1 5 never\n", "not written");
@@ -102,14 +91,14 @@ fn the_whole_life_on_the_microvm_board() {
 
 #[test]
 fn the_whole_life_with_kvm() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     whole_life("microvm", "kvm");
 }
 
 /// What KVM cannot carry out ends the machine, with the reason.
 #[test]
 fn a_hypervisor_that_cannot_go_on_is_a_failure_with_a_reason() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     let lab = Lab::new();
     lab.ok(&["create", &document(&lab, "p", "microvm", "kvm", "nics: []\n")]);
     lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);

@@ -10,10 +10,6 @@ use serde_json::{Value, json};
 
 const BOTH: [&str; 2] = ["firecracker", "cloud-hypervisor"];
 
-fn kvm_opens() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
-}
-
 /// An instance that finds both hypervisors in its own folder.
 fn lab() -> Lab {
     with_disk(Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator")))
@@ -63,17 +59,9 @@ fn start(lab: &Lab, name: &str, backend: &str, more: &str) {
     lab.ok(&["start", name, "--wait", "ready", "--timeout", "60"]);
 }
 
-fn ticks(lab: &Lab, name: &str) -> u64 {
-    let text = lab.console_text(name);
-    text.lines()
-        .filter_map(|l| l.trim().strip_prefix("tick ")?.parse().ok())
-        .next_back()
-        .unwrap_or(0)
-}
-
 #[test]
 fn the_whole_life_over_both() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     for (backend, lab) in each() {
         let disk = format!(
             "nics: [{{}}]\ndisks:\n- {{source: {}, layered: true}}\n- {{size: 1MiB}}\n- {{source: {}, read_only: true}}\n",
@@ -102,14 +90,14 @@ fn the_whole_life_over_both() {
         assert!(held["own_namespaces"].as_array().unwrap().iter().any(|n| n == "net"));
         lab.type_and_see(name, "hello\n", "typed: hello");
         // It counts, stands still, and goes on where it stood; a new daemon finds it standing.
-        lab.until("ticks", || ticks(&lab, name) > 3);
+        lab.until("ticks", || lab.ticks(name) > 3);
         lab.ok(&["pause", name]);
-        let stood = ticks(&lab, name);
+        let stood = lab.ticks(name);
         lab.kill_daemon();
         assert_eq!(lab.state(name), "paused");
-        assert_eq!(ticks(&lab, name), stood);
+        assert_eq!(lab.ticks(name), stood);
         lab.ok(&["resume", name]);
-        lab.until("ticks again", || ticks(&lab, name) > stood);
+        lab.until("ticks again", || lab.ticks(name) > stood);
         // What it writes goes to its own copy, which the next start finds.
         lab.type_and_see(name, "write\n", "written");
         lab.ok(&["stop", name, "--timeout", "30"]);
@@ -128,7 +116,7 @@ fn the_whole_life_over_both() {
 
 #[test]
 fn ends_of_every_kind_are_told_apart() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     for (backend, lab) in each() {
         let name = &backend[..5];
         start(&lab, name, backend, "nics: []\n");
@@ -168,7 +156,7 @@ fn ends_of_every_kind_are_told_apart() {
 
 #[test]
 fn each_is_told_what_was_asked_or_refuses_it_by_name() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     let lab = lab();
     let limits = "nics:\n- {rx_limit: {bandwidth: 1000000, refill_ms: 100, burst: 5000}, tx_limit: {bandwidth: 1000000, refill_ms: 100, burst: 5000}}\n";
     start(&lab, "f", "firecracker", limits);
@@ -215,7 +203,7 @@ fn each_is_told_what_was_asked_or_refuses_it_by_name() {
 
 #[test]
 fn a_hypervisor_that_refuses_its_description_leaves_nothing() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     let lab = lab();
     for backend in BOTH {
         let name = &backend[..5];
@@ -243,7 +231,7 @@ fn a_hypervisor_that_refuses_its_description_leaves_nothing() {
 /// In each kind of jail: with a network's namespace and a folder to make a socket in, and without.
 #[test]
 fn no_way_leads_out_of_the_jail() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     let lab = lab();
     for backend in BOTH {
         let name = &backend[..5];
@@ -261,7 +249,7 @@ fn no_way_leads_out_of_the_jail() {
 
 #[test]
 fn many_at_once() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     let names: Vec<String> = (0..64).map(|i| format!("m{i}")).collect();
     let simulated = lab();
     for (i, name) in names.iter().enumerate() {
@@ -297,7 +285,7 @@ fn start_all(lab: &Lab, names: &[String]) {
 
 #[test]
 fn the_connect_door_opens_on_both() {
-    need!(kvm_opens(), "a /dev/kvm that opens");
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
     for backend in BOTH {
         let lab = Lab::with_simulators(env!("CARGO_BIN_EXE_vmm-simulator"));
         let settings = format!("backend = '{backend}'\naccel = 'kvm'\n");

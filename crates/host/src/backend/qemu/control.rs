@@ -29,6 +29,15 @@ pub struct Control {
     events: broadcast::Sender<QmpEvent>,
 }
 
+/// How a guest stands.
+pub enum Stands {
+    Running,
+    /// Until it is resumed.
+    Still,
+    /// It can never go on; why.
+    Broken(String),
+}
+
 /// What an event says of a disk that cannot be read or written.
 pub fn disk_error(event: &QmpEvent) -> Option<String> {
     if event.name != "BLOCK_IO_ERROR" {
@@ -64,18 +73,17 @@ impl Control {
         let _ = self.events.send(event.clone());
     }
 
-    /// Why the guest can never go on, if it cannot.
-    pub async fn fault(&self) -> Option<String> {
-        let status = self.qmp.ask("query-status", Value::Null).await.ok()?;
-        (status["status"] == "internal-error").then(|| {
-            "KVM cannot carry out what the guest does next, and QEMU has stopped it (internal-error)"
-                .into()
-        })
-    }
-
-    pub async fn is_paused(&self) -> Result<bool, QmpError> {
+    pub async fn stands(&self) -> Result<Stands, QmpError> {
         let status = self.qmp.ask("query-status", Value::Null).await?;
-        Ok(status["running"] == json!(false))
+        Ok(match (&status["status"], &status["running"]) {
+            (Value::String(status), _) if status == "internal-error" => Stands::Broken(
+                "KVM cannot carry out what the guest does next, and QEMU has stopped it \
+                 (internal-error)"
+                    .into(),
+            ),
+            (_, Value::Bool(false)) => Stands::Still,
+            _ => Stands::Running,
+        })
     }
 
     pub async fn command(&self, command: Command) -> Result<(), QmpError> {

@@ -1,6 +1,7 @@
 //! Limits on a disk as QEMU is told of them. Pure.
 
 use lodge_spec::machine::{Board, Disk, DiskBus};
+use lodge_spec::throttle::{DiskLimits, Rates};
 use serde_json::{Value, json};
 
 /// The command that sets them.
@@ -8,7 +9,8 @@ pub(super) const COMMAND: &str = "block_set_io_throttle";
 
 /// Its arguments. What is absent is unlimited; nothing of earlier limits stays.
 pub(super) fn arguments(disk: &Disk, board: Board) -> Value {
-    let limits = disk.limits.clone().unwrap_or_default();
+    let (unlimited, none) = (DiskLimits::default(), Rates::default());
+    let limits = disk.limits.as_ref().unwrap_or(&unlimited);
     // A virtio disk on PCI is a device within a device, and the inner one has the blocks.
     let id = match (disk.bus, board) {
         (DiskBus::Virtio, Board::Q35 | Board::Pc) => {
@@ -18,8 +20,7 @@ pub(super) fn arguments(disk: &Disk, board: Board) -> Value {
     };
     let mut all = json!({"id": id});
     for (kind, rates) in [("bps", &limits.bytes), ("iops", &limits.operations)] {
-        let rates = rates.clone().unwrap_or_default();
-        for (way, rate) in rates.each() {
+        for (way, rate) in rates.as_ref().unwrap_or(&none).each() {
             let name = match way {
                 "read" => format!("{kind}_rd"),
                 "write" => format!("{kind}_wr"),

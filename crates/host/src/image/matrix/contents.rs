@@ -4,6 +4,7 @@ use uuid::Uuid;
 
 use super::{Entry, Init};
 use crate::image::debian::{Contents, File, masked};
+use crate::image::grub::CONSOLES;
 use crate::image::recipe;
 
 /// For every image, beside its kernel and what starts it.
@@ -126,10 +127,7 @@ fn grub(entry: &Entry, root: Uuid) -> String {
     let words = format!("root=PARTUUID={root} rw {CMDLINE} {}", entry.cmdline);
     let words = words.trim_end();
     format!(
-        "set timeout=0\n\
-         serial --unit=0 --speed=115200\n\
-         terminal_input console serial\n\
-         terminal_output console serial\n\
+        "{CONSOLES}\
          if [ -e /vmlinuz ]; then\n  linux /vmlinuz {words}\n  initrd /initrd.img\n\
          else\n  linux /boot/vmlinuz {words}\n  initrd /boot/initrd.img\nfi\n\
          boot\n"
