@@ -147,12 +147,14 @@ fn case_b4_what_cannot_be_built_says_why_and_leaves_nothing() {
     assert!(!said.contains("/packer-"), "{said}");
 }
 
-/// Serves a script that says on the console what it found.
+/// Serves a script that says on the console what it found: through the kernel's log, as what is
+/// written to the terminal itself is lost when a login prompt takes it over.
 fn served() -> Web {
-    let script = "#!/bin/bash\necho \"SIZE $(df -B1 --output=size / | tail -1) $(cat /proc/1/comm) \
-                  $(hostname) EFI-$([ -d /sys/firmware/efi ] && echo yes)\" > /dev/ttyS0\n\
-                  passwd -S root | cut -d' ' -f1,2 > /dev/ttyS0\n[ -e /once ] && echo SECOND-RUN > \
-                  /dev/ttyS0\ntouch /once; sync\necho SET-UP > /dev/ttyS0\n(sleep 1; reboot) &\n";
+    let script = "#!/bin/bash\nsay() { echo \"<0>$*\" > /dev/kmsg; }\n\
+                  say \"SIZE $(df -B1 --output=size / | tail -1) $(cat /proc/1/comm) $(hostname) \
+                  EFI-$([ -d /sys/firmware/efi ] && echo yes)\"\n\
+                  say \"$(passwd -S root | cut -d' ' -f1,2)\"\n[ -e /once ] && say SECOND-RUN\n\
+                  touch /once; sync\nsay SET-UP\n(sleep 1; reboot) &\n";
     Web::new(move |asked: &Asked| match asked.path.as_str() {
         "/vm-bootstrap" => Reply::Ok(script.into()),
         _ => Reply::Close,
