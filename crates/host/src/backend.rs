@@ -43,9 +43,48 @@ pub struct Launch {
     pub warden: WardenPlan,
     /// Control calls once the hypervisor answers.
     pub calls: Vec<Value>,
+    /// What makes it this machine and no other: memory that was saved fits launches of the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shape: Vec<String>,
+    /// The folder of the saved memory from which it goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PathBuf>,
 }
 
+/// Where a machine's memory is saved. A hypervisor that writes it itself finds it as `MEMORY`.
+pub fn memory_folder(home: &std::path::Path) -> PathBuf {
+    home.join("memory")
+}
+
+pub(crate) const MEMORY: &str = "/memory";
+/// The file in that folder that QEMU is handed.
+pub(crate) const QEMU_MEMORY: &str = "qemu";
+
 impl Launch {
+    /// Notes down its shape.
+    pub(crate) fn sealed(mut self) -> Self {
+        let argv = self.warden.jail.argv.iter().skip(1);
+        // A kernel that has been started does not look at its command line again.
+        let mut last = "";
+        let told = argv.filter(|part| std::mem::replace(&mut last, part.as_str()) != "-append");
+        let calls = self.calls.iter().map(Value::to_string);
+        self.shape = std::iter::once(format!("{} {:?}", self.backend, self.accel))
+            .chain(told.cloned())
+            .chain(calls)
+            .collect();
+        self
+    }
+
+    /// Goes on from saved memory, in place of starting the guest anew.
+    pub fn go_on(&mut self, home: &std::path::Path) {
+        self.memory = Some(memory_folder(home));
+        match self.backend {
+            BackendKind::Qemu => qemu::plan::go_on(self),
+            BackendKind::Firecracker => firecracker::plan::go_on(self),
+            BackendKind::CloudHypervisor => cloud_hypervisor::plan::go_on(self),
+        }
+    }
+
     /// For those who only look at it.
     pub fn hide_secrets(&mut self) {
         if let Some(root) = &mut self.warden.root
@@ -63,7 +102,7 @@ pub enum Step {
     Folder {
         path: PathBuf,
     },
-    /// A folder in which the hypervisor itself makes files.
+    /// A folder in which the hypervisor itself makes files, which are nobody else's to see.
     OwnFolder {
         path: PathBuf,
         owner: u32,

@@ -7,6 +7,7 @@ mod launch;
 mod live;
 pub mod objects;
 mod snapshots;
+mod suspend;
 mod usage;
 
 use std::collections::HashMap;
@@ -177,17 +178,29 @@ impl Host for Linux {
         tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?
     }
 
-    async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
+    async fn launch(
+        &self,
+        machine: Arc<Machine>,
+        resume: bool,
+        sink: Sink,
+    ) -> Result<Running, String> {
         let home = self.paths.machine(machine.id);
         let choice = self.plan_in(&machine, &home, true).await.map_err(|p| p.to_string())?;
-        let launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
+        let mut launch = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
+        match resume {
+            true => self.go_on(machine.id, &mut launch)?,
+            false => self.discard_memory(machine.id).await,
+        }
         live::mark(&sink, "planned", &launch.notes.join("; "));
         launch::carry_out(&machine, &launch, &self.paths, &sink, &self.networks).await?;
         let mut running = running(&launch);
         let id = machine.id;
-        let live = live::connect(launch, sink).await?;
+        let live = live::connect(launch, sink.clone()).await?;
         running.pid = live.pid;
-        self.live.lock().expect("not poisoned").insert(id, live);
+        self.live.lock().expect("not poisoned").insert(id, live.clone());
+        if resume {
+            self.set_going(&live, id, &sink).await?;
+        }
         Ok(running)
     }
 
@@ -219,6 +232,14 @@ impl Host for Linux {
             let _ = warden.ask(Ask::Kill).await;
         });
         Ok(())
+    }
+
+    async fn save(&self, machine: Arc<Machine>) -> Result<(), String> {
+        self.save_memory(&machine).await
+    }
+
+    async fn discard(&self, id: MachineId) {
+        self.discard_memory(id).await;
     }
 
     async fn change(&self, machine: Arc<Machine>, change: Change) -> Result<(), String> {

@@ -73,6 +73,7 @@ impl Answer {
             Request::Reset { target } => self.reset(&target).await,
             Request::Pause { target } => self.verb(&target, Verb::Pause, None).await,
             Request::Resume { target } => self.verb(&target, Verb::Resume, None).await,
+            Request::Suspend { target } => self.verb(&target, Verb::Suspend, None).await,
             Request::Remove { target, force } => {
                 self.verb(&target, Verb::Remove { force }, None).await
             }

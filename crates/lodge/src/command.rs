@@ -135,6 +135,7 @@ impl Session {
             Verb::Reset { name } => self.one(Request::Reset { target: name }).await,
             Verb::Pause { name } => self.one(Request::Pause { target: name }).await,
             Verb::Resume { name } => self.one(Request::Resume { target: name }).await,
+            Verb::Suspend { name } => self.one(Request::Suspend { target: name }).await,
             Verb::Rm { names, force } => {
                 for target in names {
                     self.one(Request::Remove { target, force }).await?;

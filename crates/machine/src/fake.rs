@@ -16,10 +16,14 @@ use crate::life::Seen;
 struct World {
     live: HashMap<MachineId, (Arc<Machine>, Option<Sink>, bool)>,
     prepared: Vec<MachineId>,
+    saved: Vec<MachineId>,
     violations: Vec<String>,
     /// Guests that do not listen to the power button.
     deaf: bool,
     fail_launches: bool,
+    fail_saves: bool,
+    /// Memory takes for ever to be saved.
+    hold_saves: bool,
 }
 
 /// The fake. Clones share one world, as daemons after each other share a host.
@@ -39,6 +43,14 @@ impl FakeHost {
         self.world().fail_launches = fail;
     }
 
+    pub fn fail_saves(&self, fail: bool) {
+        self.world().fail_saves = fail;
+    }
+
+    pub fn hold_saves(&self, hold: bool) {
+        self.world().hold_saves = hold;
+    }
+
     /// What the keeper did that no real host would forgive.
     pub fn violations(&self) -> Vec<String> {
         self.world().violations.clone()
@@ -46,6 +58,10 @@ impl FakeHost {
 
     pub fn live(&self) -> usize {
         self.world().live.len()
+    }
+
+    pub fn saved(&self) -> usize {
+        self.world().saved.len()
     }
 
     /// The hypervisor dies.
@@ -83,7 +99,12 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    async fn launch(&self, machine: Arc<Machine>, sink: Sink) -> Result<Running, String> {
+    async fn launch(
+        &self,
+        machine: Arc<Machine>,
+        resume: bool,
+        sink: Sink,
+    ) -> Result<Running, String> {
         let id = machine.id;
         let macs: Vec<Mac> = machine.nics.iter().map(|n| n.mac).collect();
         let mut world = self.world();
@@ -97,6 +118,15 @@ impl Host for FakeHost {
         world.prepared.push(id);
         if world.fail_launches {
             return Err("told to fail".into());
+        }
+        let saved = world.saved.iter().position(|saved| *saved == id);
+        match saved {
+            Some(at) => drop(world.saved.remove(at)),
+            None if resume => return Err("no memory is saved".into()),
+            None => {}
+        }
+        if resume {
+            let _ = sink.send(Report::Seen(Seen::Loaded));
         }
         world.live.insert(id, (machine, Some(sink), false));
         Ok(Running {
@@ -149,6 +179,27 @@ impl Host for FakeHost {
             None => self.end(id, Ok(())),
         }
         Ok(())
+    }
+
+    async fn save(&self, machine: Arc<Machine>) -> Result<(), String> {
+        if self.world().hold_saves {
+            std::future::pending::<()>().await;
+        }
+        let mut world = self.world();
+        let fail = world.fail_saves;
+        let Some((_, _, paused)) = world.live.get_mut(&machine.id) else {
+            return Err("nothing is there".into());
+        };
+        if fail {
+            return Err("told to fail".into());
+        }
+        *paused = true;
+        world.saved.push(machine.id);
+        Ok(())
+    }
+
+    async fn discard(&self, id: MachineId) {
+        self.world().saved.retain(|saved| *saved != id);
     }
 
     async fn change(&self, _machine: Arc<Machine>, _change: Change) -> Result<(), String> {

@@ -99,9 +99,13 @@ pub trait Host: Send + Sync + 'static {
 
     /// Prepares and starts the hypervisor. On an error nothing is left behind but what `release`
     /// removes. Afterwards its fate is reported to `sink`, ending with `Seen::Exited`.
+    ///
+    /// `resume`: it goes on from the saved memory, which is given up with `Seen::Loaded` once it is
+    /// read and before the guest runs. Without it there is none afterwards.
     fn launch(
         &self,
         machine: Arc<Machine>,
+        resume: bool,
         sink: Sink,
     ) -> impl Future<Output = Result<Running, String>> + Send;
 
@@ -113,6 +117,13 @@ pub trait Host: Send + Sync + 'static {
         id: MachineId,
         command: Command,
     ) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Stops the guest and writes its memory to where a launch finds it. The hypervisor is there
+    /// afterwards. On an error there is no memory, and the guest goes on if it did before.
+    fn save(&self, machine: Arc<Machine>) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Deletes the saved memory. Safe to repeat.
+    fn discard(&self, id: MachineId) -> impl Future<Output = ()> + Send;
 
     /// Applies a change to a running machine; `machine` is the description after it.
     fn change(

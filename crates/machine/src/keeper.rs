@@ -162,6 +162,7 @@ impl<H: Host> Keeper<H> {
             reports: None,
             stop_timeout: STOP_TIMEOUT,
             this_time: None,
+            suspends: None,
             wrote_us: 0,
             told: 0,
             timers: 0,

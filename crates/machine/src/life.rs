@@ -11,6 +11,9 @@
 //! ```
 //!
 //! `stopping` always knows why (`Ending`). Whatever is launched is released exactly once.
+//!
+//! A machine that is suspended ends like one that is stopped, but with its memory saved first. Its
+//! next start goes on from there, and gives the saved memory up as soon as it is read.
 
 use lodge_spec::machine::{Restart, RestartPolicy};
 use lodge_spec::state::State;
@@ -28,6 +31,8 @@ pub enum Verb {
     Reset,
     Pause,
     Resume,
+    /// Save its memory and end it.
+    Suspend,
     /// Forget it, with `force` also while it lives.
     Remove {
         force: bool,
@@ -43,6 +48,7 @@ impl Verb {
             Verb::Reset => "reset",
             Verb::Pause => "pause",
             Verb::Resume => "resume",
+            Verb::Suspend => "suspend",
             Verb::Remove { .. } => "remove",
         }
     }
@@ -55,6 +61,12 @@ pub enum Seen {
     LaunchFailed(String),
     Paused,
     Resumed,
+    /// The memory is in its file, whole.
+    Saved,
+    /// It is not; why. The guest is as it was.
+    SaveFailed(String),
+    /// The hypervisor has read the saved memory, which is now given up.
+    Loaded,
     GuestReset,
     Ready,
     /// The guest's kernel gave up; the line that says so.
@@ -82,6 +94,10 @@ pub enum Action {
     Pause,
     Resume,
     Reset,
+    /// Write the memory to its file. The guest stands still from then on.
+    Save,
+    /// Delete the saved memory.
+    Discard,
     /// Give back what the launch took.
     Release,
     ArmStopTimer,
@@ -98,6 +114,19 @@ pub enum Ending {
     Restart,
     Remove,
     Fault(String),
+    /// Its memory is being saved; whether it stood still before.
+    Suspend {
+        paused: bool,
+    },
+    /// Its memory is saved.
+    Suspended,
+}
+
+/// What is kept with a machine's saved memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// The guest was ready when it was suspended.
+    pub ready: bool,
 }
 
 /// Where a machine is in its life. Kept in the store.
@@ -114,6 +143,9 @@ pub struct Life {
     pub restarts: u32,
     /// A restart by policy is due.
     pub restart_due: bool,
+    /// Its memory is saved. Present while `suspended`, and while that comes or goes.
+    #[serde(default)]
+    pub saved: Option<Saved>,
 }
 
 impl Life {
@@ -125,7 +157,12 @@ impl Life {
             reason: None,
             restarts: 0,
             restart_due: false,
+            saved: None,
         }
+    }
+
+    fn is_being_suspended(&self) -> bool {
+        matches!(self.ending, Some(Ending::Suspend { .. } | Ending::Suspended))
     }
 
     /// A life whose record could not be read.
@@ -162,13 +199,29 @@ pub fn ask(life: &Life, verb: Verb) -> Result<Step, Denied> {
     let same = Ok((life.clone(), Vec::new()));
     let with = |action| Ok((life.clone(), vec![action]));
     match (verb, life.state) {
-        (Verb::Remove { .. }, State::Created | State::Stopped | State::Failed | State::Broken) => {
-            with(Action::Forget)
-        }
+        (
+            Verb::Remove { .. },
+            State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken,
+        ) => with(Action::Forget),
         (_, State::Broken) => denied,
         (Verb::Start, State::Created | State::Stopped | State::Failed) => Ok(start(life, 0)),
         (Verb::Start, State::Starting | State::Running) => same,
         (Verb::Start, State::Paused | State::Stopping) => denied,
+        (Verb::Start | Verb::Resume, State::Suspended) => {
+            let next = Life { state: State::Starting, saved: life.saved, ..Life::new() };
+            Ok((next, vec![Action::Launch]))
+        }
+        (Verb::Suspend, State::Running | State::Paused) => {
+            let ending = Some(Ending::Suspend { paused: life.state == State::Paused });
+            Ok((Life { state: State::Stopping, ending, ..life.clone() }, vec![Action::Save]))
+        }
+        (Verb::Suspend, State::Suspended) => same,
+        // A guest without memory cannot be asked to end; giving its memory up takes force.
+        (Verb::Stop { force: true }, State::Suspended) => {
+            Ok((Life { state: State::Stopped, ..Life::new() }, vec![Action::Discard]))
+        }
+        (Verb::Stop { force: false }, State::Suspended) => denied,
+        (Verb::Stop { force: false }, State::Stopping) if life.is_being_suspended() => denied,
         (Verb::Stop { .. }, State::Created | State::Stopped | State::Failed) => {
             // An explicit stop beats a restart that is due.
             Ok((Life { restart_due: false, ..life.clone() }, Vec::new()))
@@ -179,7 +232,14 @@ pub fn ask(life: &Life, verb: Verb) -> Result<Step, Denied> {
         ) => {
             let ending = match &life.ending {
                 Some(Ending::Remove) => Ending::Remove,
-                Some(Ending::Stop | Ending::Restart | Ending::Fault(_)) | None => Ending::Stop,
+                Some(
+                    Ending::Stop
+                    | Ending::Restart
+                    | Ending::Fault(_)
+                    | Ending::Suspend { .. }
+                    | Ending::Suspended,
+                )
+                | None => Ending::Stop,
             };
             Ok(end(life, ending, force))
         }
@@ -187,14 +247,14 @@ pub fn ask(life: &Life, verb: Verb) -> Result<Step, Denied> {
         (Verb::Restart, State::Starting | State::Running | State::Paused) => {
             Ok(end(life, Ending::Restart, false))
         }
-        (Verb::Restart, State::Stopping) => denied,
+        (Verb::Restart, State::Stopping | State::Suspended) => denied,
         (Verb::Remove { force: true }, _) => Ok(end(life, Ending::Remove, true)),
         (Verb::Remove { force: false }, _) => denied,
         (Verb::Reset, State::Running | State::Paused) => with(Action::Reset),
         (Verb::Pause, State::Running) => with(Action::Pause),
         (Verb::Resume, State::Paused) => with(Action::Resume),
         (Verb::Pause, State::Paused) | (Verb::Resume, State::Running) => same,
-        (Verb::Reset | Verb::Pause | Verb::Resume, _) => denied,
+        (Verb::Reset | Verb::Pause | Verb::Resume | Verb::Suspend, _) => denied,
     }
 }
 
@@ -203,7 +263,10 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
     let same = (life.clone(), Vec::new());
     let now = |state| Life { state, ..life.clone() };
     match (seen, life.state) {
-        (Seen::Launched, State::Starting) => (now(State::Running), Vec::new()),
+        (Seen::Launched, State::Starting) => {
+            (Life { state: State::Running, ..loaded(life) }, Vec::new())
+        }
+        (Seen::Loaded, State::Starting) => (loaded(life), Vec::new()),
         // Asked to end while it was being launched.
         (Seen::Launched, State::Stopping) => (life.clone(), vec![Action::Quit]),
         (Seen::LaunchFailed(reason), State::Starting) => ended(life, policy, Ended::Unable(reason)),
@@ -212,6 +275,21 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
         }
         (Seen::Paused, State::Running) => (now(State::Paused), Vec::new()),
         (Seen::Resumed, State::Paused) => (now(State::Running), Vec::new()),
+        (Seen::Saved, State::Stopping) => match &life.ending {
+            Some(Ending::Suspend { .. }) => {
+                let (ending, saved) = (Some(Ending::Suspended), Some(Saved { ready: life.ready }));
+                (Life { ending, saved, ..life.clone() }, vec![Action::Quit])
+            }
+            // Something else was asked meanwhile.
+            _ => (life.clone(), vec![Action::Discard]),
+        },
+        (Seen::SaveFailed(_), State::Stopping) => match &life.ending {
+            Some(Ending::Suspend { paused }) => {
+                let state = if *paused { State::Paused } else { State::Running };
+                (Life { ending: None, ..now(state) }, Vec::new())
+            }
+            _ => same,
+        },
         (Seen::GuestReset, State::Running | State::Paused) => {
             (Life { ready: false, ..life.clone() }, Vec::new())
         }
@@ -237,6 +315,9 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
             | Seen::LaunchFailed(_)
             | Seen::Paused
             | Seen::Resumed
+            | Seen::Saved
+            | Seen::SaveFailed(_)
+            | Seen::Loaded
             | Seen::GuestReset
             | Seen::Ready
             | Seen::Panicked(_)
@@ -248,6 +329,12 @@ pub fn saw(life: &Life, policy: Policy, seen: Seen) -> Step {
             _,
         ) => same,
     }
+}
+
+/// Its memory is where it was; the file is no longer needed.
+fn loaded(life: &Life) -> Life {
+    let ready = life.ready || life.saved.is_some_and(|saved| saved.ready);
+    Life { ready, saved: None, ..life.clone() }
 }
 
 fn start(life: &Life, restarts: u32) -> Step {
@@ -278,7 +365,16 @@ enum Ended {
 
 fn ended(life: &Life, policy: Policy, how: Ended) -> Step {
     let rest = |state, reason| Life { state, reason, restarts: life.restarts, ..Life::new() };
+    let suspended = |reason| {
+        let saved = life.saved;
+        (Life { saved, ..rest(State::Suspended, reason) }, vec![Action::Release])
+    };
     let (mut next, by_itself) = match (&life.ending, how) {
+        (Some(Ending::Suspended), _) => return suspended(None),
+        // It did not come back; its memory is still there.
+        (None, Ended::Failure(reason) | Ended::Unable(reason)) if life.saved.is_some() => {
+            return suspended(Some(reason));
+        }
         (Some(Ending::Restart), _) => {
             let (next, launch) = start(&rest(State::Stopped, None), 0);
             let mut actions = vec![Action::Release];
@@ -290,11 +386,18 @@ fn ended(life: &Life, policy: Policy, how: Ended) -> Step {
         }
         (Some(Ending::Stop), _) => (rest(State::Stopped, None), false),
         (Some(Ending::Fault(line)), _) => (rest(State::Failed, Some(line.clone())), true),
-        (None, Ended::Success) => (rest(State::Stopped, None), true),
-        (None, Ended::Failure(reason)) => (rest(State::Failed, Some(reason)), true),
-        (None, Ended::Unable(reason)) => (rest(State::Failed, Some(reason)), false),
+        (None | Some(Ending::Suspend { .. }), Ended::Success) => (rest(State::Stopped, None), true),
+        (None | Some(Ending::Suspend { .. }), Ended::Failure(reason)) => {
+            (rest(State::Failed, Some(reason)), true)
+        }
+        (None | Some(Ending::Suspend { .. }), Ended::Unable(reason)) => {
+            (rest(State::Failed, Some(reason)), false)
+        }
     };
     let mut actions = vec![Action::Release];
+    if life.saved.is_some() {
+        actions.push(Action::Discard);
+    }
     let wanted = match policy.restart.policy {
         RestartPolicy::Never => false,
         RestartPolicy::OnFailure => next.state == State::Failed,
@@ -317,7 +420,19 @@ fn adopted(life: &Life, paused: bool, ready: bool) -> Step {
         (Some(Ending::Stop | Ending::Restart), _) => {
             (life, vec![Action::Powerdown, Action::ArmStopTimer])
         }
-        (Some(Ending::Remove | Ending::Fault(_)), _) => (life, vec![Action::Quit]),
+        (Some(Ending::Remove | Ending::Fault(_) | Ending::Suspended), _) => {
+            (life, vec![Action::Quit])
+        }
+        // Saving its memory went with the old daemon; begin again.
+        (Some(Ending::Suspend { .. }), _) => (life, vec![Action::Save]),
+        // Its memory may have been read in part only, and is still in its file.
+        (None, State::Starting) if life.saved.is_some() && paused => {
+            let ending = Some(Ending::Suspended);
+            (Life { state: State::Stopping, ending, ..life }, vec![Action::Quit])
+        }
+        (None, State::Starting) if life.saved.is_some() => {
+            (Life { state: State::Running, ..loaded(&life) }, vec![Action::Discard])
+        }
         (None, _) => {
             let state = if paused { State::Paused } else { State::Running };
             (Life { state, ..life }, Vec::new())
@@ -345,6 +460,7 @@ mod tests {
             Verb::Reset,
             Verb::Pause,
             Verb::Resume,
+            Verb::Suspend,
             Verb::Remove { force: false },
             Verb::Remove { force: true },
         ]);
@@ -353,6 +469,9 @@ mod tests {
             Seen::LaunchFailed("no".into()),
             Seen::Paused,
             Seen::Resumed,
+            Seen::Saved,
+            Seen::SaveFailed("no space".into()),
+            Seen::Loaded,
             Seen::GuestReset,
             Seen::Ready,
             Seen::Panicked("oops".into()),
@@ -399,7 +518,10 @@ mod tests {
                         Action::Release => { prop_assert!(launched); launched = false; }
                         Action::Forget => prop_assert!(!launched),
                         Action::Powerdown | Action::Quit | Action::Pause | Action::Resume
-                        | Action::Reset | Action::ArmStopTimer => prop_assert!(launched),
+                        | Action::Reset | Action::Save | Action::ArmStopTimer => {
+                            prop_assert!(launched);
+                        }
+                        Action::Discard => {}
                         Action::ArmRestartTimer(n) => prop_assert!(*n <= policy.restart.max),
                     }
                 }
@@ -407,6 +529,9 @@ mod tests {
                 prop_assert_eq!(next.ending.is_some(), next.state == State::Stopping);
                 prop_assert!(next.state != State::Failed || next.reason.is_some());
                 prop_assert!(!next.ready || next.state.is_live());
+                prop_assert!(next.state != State::Suspended || next.saved.is_some());
+                let may = [State::Starting, State::Stopping, State::Suspended];
+                prop_assert!(next.saved.is_none() || may.contains(&next.state));
                 if actions.contains(&Action::Forget) { break; }
                 life = next;
             }

@@ -52,6 +52,7 @@ pub(crate) enum Message {
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
     LaunchDone(Box<Result<Running, String>>),
+    SaveDone(Result<(), String>),
     /// A timer of the given generation has run out.
     Timer(u64, Box<Seen>),
 }
@@ -70,6 +71,8 @@ pub(crate) struct Task<H> {
     pub(crate) stop_timeout: Duration,
     /// The machine as it is to be at the start that comes next.
     pub(crate) this_time: Option<Box<Machine>>,
+    /// Who waits for the memory to be saved.
+    pub(crate) suspends: Option<oneshot::Sender<Result<(), Refusal>>>,
     /// When an event last said that the guest had written.
     pub(crate) wrote_us: i64,
     /// How many events there may still be of what this guest tells of its setting up.
@@ -148,6 +151,12 @@ impl<H: Host> Task<H> {
         match message {
             Message::Ask { verb, this_time, stop_timeout, answer } => {
                 self.stop_timeout = stop_timeout;
+                let state = self.record.life.state;
+                if state == State::Suspended && this_time.is_some() {
+                    // What is saved goes on as what it was.
+                    let _ = answer.send(Err(self.denied(verb.as_str(), state)));
+                    return false;
+                }
                 if !self.record.life.state.is_live() {
                     self.this_time = this_time;
                 }
@@ -156,10 +165,24 @@ impl<H: Host> Task<H> {
                         let event = (verb.as_str().to_owned(), String::new());
                         self.take(next, actions, Some(event)).await
                     }
-                    Err(Denied { verb, state }) => (Err(self.denied(verb, state)), false),
+                    Err(Denied { verb, state }) => (Err(self.denied(verb.as_str(), state)), false),
                 };
+                if verb == Verb::Suspend && result.is_ok() && self.record.life.state.is_live() {
+                    // Whether it can be done is known when it is done.
+                    self.suspends = Some(answer);
+                    return gone;
+                }
                 // Whoever asked may have gone away; what was asked is done all the same.
                 let _ = answer.send(result);
+                gone
+            }
+            Message::SaveDone(done) => {
+                let result = done.clone().map_err(Refusal::failed);
+                let seen = done.map_or_else(Seen::SaveFailed, |()| Seen::Saved);
+                let gone = self.saw(seen).await;
+                if let Some(answer) = self.suspends.take() {
+                    let _ = answer.send(result);
+                }
                 gone
             }
             Message::Change { change, machine, answer } => {
@@ -187,9 +210,9 @@ impl<H: Host> Task<H> {
         }
     }
 
-    fn denied(&self, verb: Verb, state: State) -> Refusal {
+    fn denied(&self, verb: &str, state: State) -> Refusal {
         let name = self.record.machine.name.to_string();
-        Refusal::State { verb: verb.as_str().to_owned(), name, state }
+        Refusal::State { verb: verb.to_owned(), name, state }
     }
 
     async fn saw(&mut self, seen: Seen) -> bool {
@@ -248,11 +271,23 @@ impl<H: Host> Task<H> {
                     Some(machine) => Arc::new(*machine),
                     None => self.machine(),
                 };
-                let sink = self.listen();
+                let (sink, resume) = (self.listen(), self.record.life.saved.is_some());
                 tokio::spawn(async move {
-                    let result = host.launch(machine, sink).await;
+                    let result = host.launch(machine, resume, sink).await;
                     let _ = own.send(Message::LaunchDone(Box::new(result)));
                 });
+                return Ok(());
+            }
+            Action::Save => {
+                let (host, own, machine) = (self.host.clone(), self.own.clone(), self.machine());
+                tokio::spawn(async move {
+                    let result = host.save(machine).await;
+                    let _ = own.send(Message::SaveDone(result));
+                });
+                return Ok(());
+            }
+            Action::Discard => {
+                self.host.discard(id).await;
                 return Ok(());
             }
             Action::Release => {
@@ -279,6 +314,10 @@ impl<H: Host> Task<H> {
     }
 
     async fn change(&mut self, change: Change, machine: Machine) -> Result<(), Refusal> {
+        let state = self.record.life.state;
+        if state == State::Suspended && change.concerns_hardware() {
+            return Err(self.denied("change", state));
+        }
         if self.record.life.state.is_live() {
             let machine = Arc::new(machine.clone());
             self.host.change(machine, change.clone()).await.map_err(Refusal::failed)?;
@@ -308,7 +347,7 @@ impl<H: Host> Task<H> {
         let done = match self.record.life.state {
             State::Running | State::Paused => self.host.refresh(self.machine()).await,
             State::Starting | State::Stopping => Ok(()),
-            State::Created | State::Stopped | State::Failed | State::Broken => {
+            State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
                 self.host.settle(&self.record.machine).await
             }
         };
@@ -453,6 +492,9 @@ fn describe(seen: &Seen) -> (String, String) {
         Seen::LaunchFailed(reason) => ("launch-failed", reason.clone()),
         Seen::Paused => ("paused", String::new()),
         Seen::Resumed => ("resumed", String::new()),
+        Seen::Saved => ("saved", "its memory is in its file".into()),
+        Seen::SaveFailed(why) => ("suspend-failed", why.clone()),
+        Seen::Loaded => ("loaded", "its memory is where it was".into()),
         Seen::GuestReset => ("guest-reset", String::new()),
         Seen::Ready => ("ready", String::new()),
         Seen::Panicked(line) => ("guest-panic", line.clone()),

@@ -15,14 +15,19 @@ pub(crate) fn settled(verb: Verb, published: &Published) -> Option<Result<(), Re
     match verb {
         _ if published.forgotten => match verb {
             Verb::Start | Verb::Restart => gave_up(name, life),
-            Verb::Stop { .. } | Verb::Reset | Verb::Pause | Verb::Resume | Verb::Remove { .. } => {
-                fine
-            }
+            Verb::Stop { .. }
+            | Verb::Reset
+            | Verb::Pause
+            | Verb::Resume
+            | Verb::Suspend
+            | Verb::Remove { .. } => fine,
         },
         Verb::Remove { .. } => None,
         Verb::Start | Verb::Restart => match life.state {
             State::Running | State::Paused => fine,
-            State::Created | State::Stopped | State::Failed | State::Broken => gave_up(name, life),
+            State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
+                gave_up(name, life)
+            }
             State::Starting | State::Stopping => None,
         },
         Verb::Stop { .. } => {
@@ -34,6 +39,9 @@ pub(crate) fn settled(verb: Verb, published: &Published) -> Option<Result<(), Re
         }
         Verb::Pause => until(State::Paused, life, name),
         Verb::Resume => until(State::Running, life, name),
+        Verb::Suspend if life.state == State::Stopping => None,
+        Verb::Suspend if life.state == State::Suspended => fine,
+        Verb::Suspend => gave_up(name, life),
         Verb::Reset => fine,
     }
 }

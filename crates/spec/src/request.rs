@@ -53,6 +53,10 @@ pub enum Request {
     Resume {
         target: Target,
     },
+    /// Saves the guest's memory to a file and ends the hypervisor; the next start goes on there.
+    Suspend {
+        target: Target,
+    },
     Remove {
         target: Target,
         force: bool,
@@ -272,6 +276,24 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The guest sees it as a change of its hardware.
+    pub const fn concerns_hardware(&self) -> bool {
+        match self {
+            Change::Cpus { .. }
+            | Change::Memory { .. }
+            | Change::AddDisk { .. }
+            | Change::RemoveDisk { .. }
+            | Change::AddNic { .. }
+            | Change::RemoveNic { .. } => true,
+            Change::DiskLimits { .. }
+            | Change::AddPort { .. }
+            | Change::RemovePort { .. }
+            | Change::Document { .. } => false,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Condition {
@@ -345,7 +367,7 @@ pub enum Refusal {
     Taken { what: String, value: String, holder: String },
     #[error("{}", lines(.problems))]
     Invalid { problems: Vec<Problem> },
-    #[error("cannot {verb} {name}: it is {state}")]
+    #[error("cannot {verb} {name}: it is {state}{}", way_out(*.state))]
     State { verb: String, name: String, state: State },
     #[error("{name} has changed meanwhile; look at it again")]
     Changed { name: String },
@@ -355,6 +377,15 @@ pub enum Refusal {
     Timeout { name: String, what: String, seconds: u64 },
     #[error("{message}")]
     Failed { message: String },
+}
+
+/// What can be done with a machine in a state that allows little.
+fn way_out(state: State) -> &'static str {
+    if state == State::Suspended {
+        "; starting it goes on where it was, stopping it by force gives its memory up"
+    } else {
+        ""
+    }
 }
 
 fn hint(near: &Option<String>) -> String {

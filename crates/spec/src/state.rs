@@ -23,6 +23,8 @@ pub enum State {
     Stopping,
     /// Ended as asked, or by itself with success.
     Stopped,
+    /// Its memory lies in a file, from which the next start goes on.
+    Suspended,
     /// Ended otherwise.
     Failed,
     /// Its record could not be read; it can only be inspected and removed.
@@ -38,6 +40,7 @@ impl State {
             State::Paused => "paused",
             State::Stopping => "stopping",
             State::Stopped => "stopped",
+            State::Suspended => "suspended",
             State::Failed => "failed",
             State::Broken => "broken",
         }
@@ -47,7 +50,9 @@ impl State {
     pub const fn is_live(self) -> bool {
         match self {
             State::Starting | State::Running | State::Paused | State::Stopping => true,
-            State::Created | State::Stopped | State::Failed | State::Broken => false,
+            State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
+                false
+            }
         }
     }
 }

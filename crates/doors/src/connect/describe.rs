@@ -8,12 +8,13 @@ use super::proto::vmprovisioner::v1::{
     VmState,
 };
 
-/// A machine that is being started is not running yet, one that is being stopped still is.
+/// A machine that is being started is not running yet, one that is being stopped still is. One
+/// that is suspended has its memory, as one that is paused.
 pub(super) fn state(state: State) -> VmState {
     match state {
         State::Created | State::Starting => VmState::Created,
         State::Running | State::Stopping => VmState::Running,
-        State::Paused => VmState::Paused,
+        State::Paused | State::Suspended => VmState::Paused,
         State::Stopped | State::Failed => VmState::Shutdown,
         State::Broken => VmState::Unspecified,
     }
@@ -24,7 +25,7 @@ pub(super) fn states(theirs: VmState) -> &'static [State] {
     match theirs {
         VmState::Created => &[State::Created, State::Starting],
         VmState::Running => &[State::Running, State::Stopping],
-        VmState::Paused => &[State::Paused],
+        VmState::Paused => &[State::Paused, State::Suspended],
         VmState::Shutdown => &[State::Stopped, State::Failed],
         VmState::Unspecified => &[],
     }

@@ -79,6 +79,9 @@ pub enum Verb {
     /// Let a paused machine go on.
     #[command(after_help = "Example:\n  lodge resume web")]
     Resume { name: String },
+    /// Save a machine's memory to the disk and end it; its next start goes on there.
+    #[command(after_help = "Example:\n  lodge suspend web\n  lodge start web")]
+    Suspend { name: String },
     /// Remove machines and their disks.
     #[command(after_help = "Example:\n  lodge rm web --force")]
     Rm {

@@ -67,7 +67,7 @@ pub(super) async fn carry_out(session: &mut Session<'_, '_>, uuid: &str, what: O
             State::Running | State::Paused | State::Starting | State::Stopping => {
                 Ok(End::Console(vm.uuid))
             }
-            State::Created | State::Stopped | State::Failed | State::Broken => {
+            State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
                 Err(Fault::Error(format!(
                     "cannot connect to console when state is \"{}\" must be \"running\".",
                     vm.state()

@@ -77,7 +77,9 @@ fn value_of(scalar: Scalar) -> Value {
 
 pub(super) const fn state(state: State) -> &'static str {
     match state {
-        State::Created | State::Stopped | State::Failed | State::Broken => "stopped",
+        State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
+            "stopped"
+        }
         State::Starting => "ready",
         State::Running | State::Paused => "running",
         State::Stopping => "stopping",
@@ -86,7 +88,9 @@ pub(super) const fn state(state: State) -> &'static str {
 
 const fn zone_state(state: State) -> &'static str {
     match state {
-        State::Created | State::Stopped | State::Failed | State::Broken => "installed",
+        State::Created | State::Stopped | State::Suspended | State::Failed | State::Broken => {
+            "installed"
+        }
         State::Starting => "ready",
         State::Running | State::Paused | State::Stopping => "running",
     }

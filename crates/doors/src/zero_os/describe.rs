@@ -57,7 +57,7 @@ fn state(state: State) -> &'static str {
         State::Running => "running",
         State::Paused => "paused",
         State::Stopping => "shutdown",
-        State::Stopped => "shutoff",
+        State::Stopped | State::Suspended => "shutoff",
         State::Failed => "crashed",
         State::Created | State::Starting | State::Broken => "nostate",
     }

@@ -2,6 +2,7 @@
 //! `control` drives a running one.
 
 pub mod control;
+mod memory;
 pub mod plan;
 pub mod qmp;
 mod throttle;

@@ -8,8 +8,8 @@ use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{
-    BootFiles, BootstrapEnd, Cgroup, ConsoleEnd, DiskFormat, FIRST_FD, Forward, Listen, Step,
-    Survey, Tap, Unsupported, WardenPlan,
+    BootFiles, BootstrapEnd, Cgroup, ConsoleEnd, DiskFormat, FIRST_FD, Forward, Listen, MEMORY,
+    Step, Survey, Tap, Unsupported, WardenPlan, memory_folder,
 };
 use crate::elf;
 use crate::facts::{self, Facts, Program};
@@ -112,7 +112,7 @@ pub(crate) fn prepare(
 ) -> Result<Prepared, Vec<Unsupported>> {
     let mut notes = Vec::new();
     lacks.extend(accel(machine, facts, backend, &mut notes).err());
-    let (steps, files) = match raw_disks(machine, survey, backend) {
+    let (mut steps, files) = match raw_disks(machine, survey, backend) {
         Ok(raw) if lacks.is_empty() => raw,
         Ok(_) => return Err(lacks),
         Err(more) => {
@@ -123,6 +123,10 @@ pub(crate) fn prepare(
     notes.push(format!("{backend} {}: the least that can do it all", vmm.version_text()));
     let mut binds = code(&vmm.program);
     binds.push(device("/dev/kvm"));
+    // Empty, but for the time when it is suspended.
+    let memory = memory_folder(&survey.state);
+    binds.push(file(&memory, MEMORY.into(), true));
+    steps.push(Step::OwnFolder { path: memory, owner: survey.uid });
     if let BootFiles::Kernel { kernel, initrd, .. } = &survey.boot {
         binds.push(file(kernel, "/kernel".into(), false));
         binds.extend(initrd.as_ref().map(|path| file(path, "/initrd".into(), false)));

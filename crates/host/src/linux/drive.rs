@@ -8,10 +8,10 @@ use lodge_spec::state::Traffic;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use crate::backend::Launch;
 use crate::backend::api::{Api, ApiError};
 use crate::backend::qemu::control::Stands;
 use crate::backend::qemu::qmp::{Qmp, QmpError, QmpEvent};
+use crate::backend::{Launch, QEMU_MEMORY};
 use crate::backend::{cloud_hypervisor, firecracker, qemu};
 
 #[derive(Clone)]
@@ -49,11 +49,22 @@ pub(super) async fn reach(launch: &Launch, begin: bool) -> Result<(Drive, Told),
     let socket = control_socket(launch);
     match launch.backend {
         BackendKind::Qemu => {
-            let (qmp, events) = Qmp::connect(&socket).await?;
+            let (qmp, mut events) = Qmp::connect(&socket).await?;
             let control = qemu::control::Control::new(qmp);
             if begin {
                 let refused = |e: QmpError| Unreached { why: e.to_string(), refused: true };
                 control.begin(&launch.calls).await.map_err(refused)?;
+            }
+            if let (true, Some(folder)) = (begin, &launch.memory) {
+                let path = folder.join(QEMU_MEMORY);
+                let refused = |why: String| Unreached { why, refused: true };
+                let file = std::fs::File::open(&path);
+                let file = file.map_err(|e| refused(format!("{}: {e}", path.display())))?;
+                control.load(&file, &mut events).await.map_err(|error| match error {
+                    // Its last words say more.
+                    QmpError::Gone => error.into(),
+                    error => refused(error.to_string()),
+                })?;
             }
             Ok((Drive::Qemu(control), Some(events)))
         }

@@ -80,7 +80,12 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
     match step {
         Step::Folder { path } => paths::make_dir(path).map_err(at(path)),
         Step::OwnFolder { path, owner } => {
-            paths::make_dir(path).and_then(|()| layer::give_folder(path, *owner)).map_err(at(path))
+            use std::os::unix::fs::PermissionsExt;
+            let private = std::fs::Permissions::from_mode(0o700);
+            paths::make_dir(path)
+                .and_then(|()| std::fs::set_permissions(path, private))
+                .and_then(|()| layer::give_folder(path, *owner))
+                .map_err(at(path))
         }
         Step::Raw { path, bytes, from, owner } => {
             layer::make_raw(path, *bytes, from.as_deref(), *owner).map_err(at(path))

@@ -66,6 +66,9 @@ impl Linux {
         match verb {
             SnapshotVerb::Take => self.take(machine, state, folder).await,
             SnapshotVerb::Restore if state.is_live() => Err("the machine still runs".into()),
+            SnapshotVerb::Restore if state == State::Suspended => {
+                Err("the machine is suspended, and its memory would not fit other disks".into())
+            }
             SnapshotVerb::Restore => self.restore(machine, folder).await,
             SnapshotVerb::Drop => {
                 let removed = tokio::fs::remove_dir_all(&folder).await;

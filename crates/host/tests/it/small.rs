@@ -80,6 +80,7 @@ fn firecracker_is_told_call_by_call() {
     expect![[r#"
         raw disk /m/disk0.raw of 1073741824 bytes
         raw disk /m/disk2.raw of 1073741824 bytes from /i/base
+        folder /m/memory
         folder /run/m/api
     "#]]
     .assert_eq(&steps);
@@ -87,6 +88,7 @@ fn firecracker_is_told_call_by_call() {
         &launch,
         expect![[r#"
             /dev/kvm rw /dev/kvm
+            /memory rw /m/memory
             /kernel ro /k
             /initrd ro /i
             /disks/0 rw /m/disk0.raw
@@ -149,6 +151,7 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
         &launch,
         expect![[r#"
             /dev/kvm rw /dev/kvm
+            /memory rw /m/memory
             /kernel ro /k
             /initrd ro /i
             /disks/0 rw /m/disk0.raw

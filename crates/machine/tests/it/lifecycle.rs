@@ -10,24 +10,24 @@ use lodge_spec::document;
 use lodge_spec::request::{Change, Condition, Refusal};
 use lodge_spec::state::State;
 
-type Fake = Arc<Keeper<FakeHost>>;
+pub(crate) type Fake = Arc<Keeper<FakeHost>>;
 
-async fn keeper(dir: &Path, host: &FakeHost) -> Fake {
+pub(crate) async fn keeper(dir: &Path, host: &FakeHost) -> Fake {
     let store = Store::open(dir).unwrap();
     Keeper::open(store, Arc::new(host.clone()), false).await.unwrap()
 }
 
-async fn with(host: FakeHost) -> (tempfile::TempDir, Fake) {
+pub(crate) async fn with(host: FakeHost) -> (tempfile::TempDir, Fake) {
     let dir = tempfile::tempdir().unwrap();
     let keeper = keeper(dir.path(), &host).await;
     (dir, keeper)
 }
 
-async fn create(keeper: &Fake, text: &str) -> Result<(), Refusal> {
+pub(crate) async fn create(keeper: &Fake, text: &str) -> Result<(), Refusal> {
     keeper.create(document::parse(text).unwrap()).await.map(drop)
 }
 
-async fn ask(keeper: &Fake, name: &str, verb: Verb) -> Result<State, Refusal> {
+pub(crate) async fn ask(keeper: &Fake, name: &str, verb: Verb) -> Result<State, Refusal> {
     keeper.ask(name, verb, Some(Duration::from_millis(50))).await.map(|s| s.state)
 }
 

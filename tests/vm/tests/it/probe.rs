@@ -126,3 +126,111 @@ fn a_disk_that_is_plugged_in_is_read() {
     lab.ok(&["set", "p", "--add-disk", image.to_str().unwrap()]);
     lab.until("the disk", || lab.console_text("p").contains("PROBE disk0: MORE"));
 }
+
+/// Memory goes to the disk and comes back: the guest counts on where it stood, its disks and its
+/// interfaces work, and nothing is left of what was saved.
+fn there_and_back(board: &str, accel: &str) {
+    let lab = Lab::new();
+    let image = lab.home().join("disk.img");
+    std::fs::write(&image, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
+    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let more = format!(
+        "nics: [{{}}]\nports: [{{host: {port}, guest: 7, protocol: udp}}]\n\
+         disks: [{{source: {}, layered: true, limits: {{operations: {{total: {{rate: 900}}}}}}}}]\n",
+        image.display()
+    );
+    lab.ok(&["create", &document(&lab, "p", board, accel, &more)]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    lab.until("ticks", || lab.ticks("p") > 3);
+    lab.type_and_see("p", "write 0 5 kept\n", "written");
+    let before = lab.pid_of_hypervisor("p");
+    lab.ok(&["suspend", "p"]);
+    let stood = lab.ticks("p");
+    assert_eq!(lab.state("p"), "suspended");
+    assert!(!std::path::Path::new(&format!("/proc/{before}")).exists());
+    let home = lab.home().join("machines").join(lab.machine("p")["id"].as_str().unwrap());
+    assert!(std::fs::metadata(home.join("memory/qemu")).unwrap().len() > 1 << 16);
+    // A daemon that comes later knows it too.
+    lab.kill_daemon();
+    assert_eq!((lab.state("p").as_str(), lab.ticks("p")), ("suspended", stood));
+    let said = lab.fails(&["stop", "p"]);
+    assert!(said.contains("starting it goes on where it was"), "{said}");
+    let said = lab.fails(&["set", "p", "--add-disk", "1MiB"]);
+    assert!(said.contains("cannot change p: it is suspended"), "{said}");
+    lab.ok(&["start", "p"]);
+    assert_eq!(lab.machine("p")["ready"], true);
+    lab.until("ticks again", || lab.ticks("p") > stood + 3);
+    // It was not started anew.
+    let text = lab.console_text("p");
+    assert_eq!(text.matches("GUEST-READY").count(), 1, "{text}");
+    assert!(text.contains(&format!("tick {}\r", stood + 1)), "{text}");
+    lab.type_and_see("p", "read 0 5\n", "disk 0 sector 5: kept");
+    echo(port);
+    assert!(!home.join("memory/qemu").exists() && !home.join("memory.json").exists());
+    // Once more, standing still; then its memory is given up.
+    lab.ok(&["pause", "p"]);
+    lab.ok(&["suspend", "p"]);
+    lab.ok(&["stop", "p", "--force"]);
+    assert_eq!(lab.state("p"), "stopped");
+    assert!(!home.join("memory.json").exists());
+    lab.ok(&["start", "p", "--wait", "ready"]);
+    assert_eq!(lab.console_text("p").matches("GUEST-READY").count(), 2);
+    lab.ok(&["suspend", "p"]);
+    lab.ok(&["rm", "p"]);
+    assert!(!home.exists());
+}
+
+#[test]
+fn memory_is_saved_on_the_q35_board() {
+    there_and_back("q35", "tcg");
+}
+
+#[test]
+fn memory_is_saved_on_the_microvm_board() {
+    there_and_back("microvm", "tcg");
+}
+
+#[test]
+fn memory_is_saved_with_kvm() {
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
+    there_and_back("microvm", "kvm");
+}
+
+/// A guest that cannot come back as it was is not suspended, and runs on.
+#[test]
+fn what_cannot_come_back_is_not_suspended() {
+    let lab = Lab::new();
+    lab.ok(&["create", &document(&lab, "p", "q35", "tcg", "nics: []\ndisks: [{size: 1MiB}]\n")]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    // What was saved cannot be noted down.
+    let home = lab.home().join("machines").join(lab.machine("p")["id"].as_str().unwrap());
+    std::fs::create_dir(home.join("memory.json")).unwrap();
+    let said = lab.fails(&["suspend", "p"]);
+    assert!(said.contains("Is a directory"), "{said}");
+    assert_eq!(std::fs::read_dir(home.join("memory")).unwrap().count(), 0);
+    lab.until("running", || lab.state("p") == "running");
+    let stood = lab.ticks("p");
+    lab.until("ticks", || lab.ticks("p") > stood);
+    // Nor what was changed since.
+    lab.ok(&["create", &document(&lab, "q", "q35", "tcg", "nics: []\n")]);
+    lab.ok(&["start", "q", "--wait", "ready", "--timeout", "60"]);
+    lab.ok(&["set", "q", "--add-disk", "1MiB"]);
+    let said = lab.fails(&["suspend", "q"]);
+    assert!(said.contains("its next start differs from this one"), "{said}");
+    assert_eq!(lab.state("q"), "running");
+    // What is saved fits only what it was.
+    lab.ok(&["create", &document(&lab, "r", "q35", "tcg", "nics: []\n")]);
+    lab.ok(&["start", "r", "--wait", "ready", "--timeout", "60"]);
+    lab.ok(&["suspend", "r"]);
+    let home = lab.home().join("machines").join(lab.machine("r")["id"].as_str().unwrap());
+    let memory = home.join("memory/qemu");
+    let whole = std::fs::read(&memory).unwrap();
+    std::fs::write(&memory, &whole[..whole.len() / 2]).unwrap();
+    let said = lab.fails(&["start", "r"]);
+    assert!(said.contains("load of migration failed"), "{said}");
+    assert_eq!(lab.state("r"), "suspended");
+    std::fs::write(&memory, &whole).unwrap();
+    lab.ok(&["start", "r"]);
+    let stood = lab.ticks("r");
+    lab.until("ticks", || lab.ticks("r") > stood);
+}

@@ -8,6 +8,7 @@ use lodge_machine::host::Command;
 use lodge_spec::state::Traffic;
 use serde_json::{Value, json};
 
+use super::plan::MEMORY_URL;
 use crate::backend::api::{Api, ApiError};
 
 /// A running Cloud Hypervisor.
@@ -44,6 +45,17 @@ impl Control {
         };
         self.put(call, &Value::Null).await.map_err(|e| e.to_string())?;
         Ok(seen)
+    }
+
+    /// Stops the guest and writes its memory to the folder that its jail has for this.
+    pub async fn save(&self) -> Result<(), String> {
+        let text = |e: ApiError| e.to_string();
+        if !self.is_paused().await.map_err(text)? {
+            self.put("vm.pause", &Value::Null).await.map_err(text)?;
+        }
+        let body = json!({"destination_url": MEMORY_URL});
+        let saving = self.api.call_for_long("PUT", "/api/v1/vm.snapshot", &body);
+        saving.await.map(drop).map_err(text)
     }
 
     pub async fn set_cpus(&self, count: u32) -> Result<(), String> {

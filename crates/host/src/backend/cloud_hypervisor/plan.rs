@@ -20,6 +20,8 @@ const FEATURES: [Feature; 5] = [
     Feature::RateLimits,
     Feature::FlistRoot,
 ];
+/// Inside the jail: where its memory is saved.
+pub(super) const MEMORY_URL: &str = "file:///memory";
 /// The socket of whoever serves the root, inside.
 const ROOT: &str = "/root.sock";
 
@@ -49,7 +51,25 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
         log: survey.state.join("flist.log"),
     });
     let calls = vec![json!({"method": "GET", "path": "/api/v1/vm.info"})];
-    Ok(Launch { backend: CLOUD, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
+    let (backend, accel, board) = (CLOUD, Accel::Kvm, None);
+    let (shape, memory) = (Vec::new(), None);
+    let launch = Launch { backend, accel, board, notes, steps, warden, calls, shape, memory };
+    Ok(launch.sealed())
+}
+
+/// Described by what was saved, but for the descriptors of its interfaces; it stands still
+/// afterwards.
+pub(crate) fn go_on(launch: &mut Launch) {
+    let argv = &mut launch.warden.jail.argv;
+    // Its own name and its socket stay.
+    argv.truncate(3);
+    let fds = launch.warden.taps.iter().enumerate();
+    let fds: Vec<String> = fds.map(|(i, tap)| format!("nic{i}@[{}]", tap.fd)).collect();
+    let nets = match fds.is_empty() {
+        true => String::new(),
+        false => format!(",net_fds=[{}]", fds.join(",")),
+    };
+    argv.extend(["--restore".to_owned(), format!("source_url={MEMORY_URL}{nets}")]);
 }
 
 fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupported> {

@@ -9,6 +9,7 @@ use lodge_machine::host::Command;
 use lodge_spec::state::Traffic;
 use serde_json::{Value, json};
 
+use super::plan::{CONTENTS, STATE};
 use crate::backend::api::{Api, ApiError};
 
 /// A running Firecracker.
@@ -49,6 +50,20 @@ impl Control {
         };
         self.api.call(verb, path, &body).await.map_err(text)?;
         Ok(seen)
+    }
+
+    /// Stops the guest and writes its memory to the folder that its jail has for this.
+    pub async fn save(&self) -> Result<(), String> {
+        let text = |e: ApiError| e.to_string();
+        if !self.is_paused().await.map_err(text)? {
+            self.api.call("PATCH", "/vm", &json!({"state": "Paused"})).await.map_err(text)?;
+        }
+        let body = json!({
+            "snapshot_type": "Full",
+            "snapshot_path": STATE,
+            "mem_file_path": CONTENTS,
+        });
+        self.api.call_for_long("PUT", "/snapshot/create", &body).await.map(drop).map_err(text)
     }
 
     /// Plugs memory in, or asks the guest for some back. Bytes: in all, and the most that was said

@@ -20,6 +20,9 @@ const PLUGS_MEMORY: (u32, u32) = (1, 14);
 /// second. MiB.
 const SLOT_MIB: u64 = 128;
 const BLOCK_MIB: u64 = 2;
+/// Inside the jail: the files of its saved memory, of its devices and of what the memory holds.
+pub(super) const STATE: &str = "/memory/state";
+pub(super) const CONTENTS: &str = "/memory/contents";
 /// Inside the jail: where it makes its socket.
 const SOCKET: &str = "/run/api.sock";
 
@@ -46,7 +49,23 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
         ..vmm::jail(survey, vmm, argv.map(str::to_owned).into(), binds)
     };
     let warden = vmm::warden(machine, survey, facts, (Vec::new(), taps), jail);
-    Ok(Launch { backend: FIRECRACKER, accel: Accel::Kvm, board: None, notes, steps, warden, calls })
+    let (backend, accel, board) = (FIRECRACKER, Accel::Kvm, None);
+    let (shape, memory) = (Vec::new(), None);
+    let launch = Launch { backend, accel, board, notes, steps, warden, calls, shape, memory };
+    Ok(launch.sealed())
+}
+
+/// Told of nothing but where its memory is; it stands still afterwards.
+pub(crate) fn go_on(launch: &mut Launch) {
+    launch.calls.retain(|call| call["path"] == json!("/metrics"));
+    launch.calls.push(put(
+        "/snapshot/load",
+        json!({
+            "snapshot_path": STATE,
+            "mem_backend": {"backend_type": "File", "backend_path": CONTENTS},
+            "resume_vm": false,
+        }),
+    ));
 }
 
 fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupported> {

@@ -68,6 +68,15 @@ impl Control {
         Self { qmp, events: broadcast::channel(64).0 }
     }
 
+    pub(super) fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// Events from now on.
+    pub(super) fn events(&self) -> broadcast::Receiver<QmpEvent> {
+        self.events.subscribe()
+    }
+
     /// Passes an event on to those who wait for one.
     pub fn saw(&self, event: &QmpEvent) {
         let _ = self.events.send(event.clone());

@@ -82,7 +82,15 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     }
     let warden = warden(machine, survey, facts, qemu, args, accel);
     let board = Some(board);
-    Ok(Launch { backend: QEMU, accel, board, notes, steps: survey.steps.clone(), warden, calls })
+    let (steps, shape, memory) = (survey.steps.clone(), Vec::new(), None);
+    let backend = QEMU;
+    let launch = Launch { backend, accel, board, notes, steps, warden, calls, shape, memory };
+    Ok(launch.sealed())
+}
+
+/// Waits for its memory, and then to be set going.
+pub(crate) fn go_on(launch: &mut Launch) {
+    launch.warden.jail.argv.extend(["-S", "-incoming", "defer"].map(str::to_owned));
 }
 
 /// KVM only where it was proven, unless someone insists.

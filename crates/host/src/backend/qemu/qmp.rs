@@ -46,6 +46,8 @@ pub struct Qmp {
     // Locked for one line at a time, so that requests do not mix.
     writer: tokio::sync::Mutex<(OwnedWriteHalf, u64)>,
     waiting: Waiting,
+    /// Closed when QEMU is gone.
+    gone: tokio::sync::watch::Receiver<()>,
 }
 
 impl Qmp {
@@ -57,10 +59,22 @@ impl Qmp {
         let (reader, writer) = stream.into_split();
         let (events, receiver) = mpsc::unbounded_channel();
         let waiting = Waiting::default();
-        tokio::spawn(read(BufReader::new(reader), waiting.clone(), events));
-        let qmp = Arc::new(Self { writer: tokio::sync::Mutex::new((writer, 0)), waiting });
+        let (there, gone) = tokio::sync::watch::channel(());
+        let reading = read(BufReader::new(reader), waiting.clone(), events);
+        tokio::spawn(async move {
+            reading.await;
+            drop(there);
+        });
+        let writer = tokio::sync::Mutex::new((writer, 0));
+        let qmp = Arc::new(Self { writer, waiting, gone });
         qmp.ask("qmp_capabilities", Value::Null).await?;
         Ok((qmp, receiver))
+    }
+
+    /// Waits for QEMU's end.
+    pub async fn gone(&self) {
+        // Nothing is ever sent.
+        let _ = self.gone.clone().changed().await;
     }
 
     pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
