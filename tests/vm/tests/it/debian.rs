@@ -71,6 +71,20 @@ fn debian_boots_takes_its_files_and_shuts_down() {
         String::new()
     });
     assert_eq!(answer, "OVER UDP");
+    // Its memory goes to the disk and comes back, with what runs in it.
+    ssh(&key, 18434, "setsid sleep 1000 > /dev/null 2>&1 < /dev/null & echo $! > /run/sleeper");
+    let begun = std::time::Instant::now();
+    lab.ok(&["suspend", "web"]);
+    let saved = begun.elapsed();
+    lab.ok(&["start", "web"]);
+    let back = begun.elapsed() - saved;
+    let on = ssh(
+        &key,
+        18434,
+        "cat /proc/sys/kernel/random/boot_id /proc/$(cat /run/sleeper)/comm; echo on > /root/on",
+    );
+    assert_eq!(on, format!("{}\nsleep\n", lines[3]), "{saved:?} {back:?}");
+    println!("suspended in {saved:?}, back in {back:?}");
     // The guest hears its power button and ends by itself.
     lab.ok(&["stop", "web", "--timeout", "120"]);
     let events = lab.ok(&["events", "web"]);
