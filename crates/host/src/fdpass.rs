@@ -5,6 +5,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -12,7 +14,7 @@ use rustix::net::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::Interest;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 
 /// Lines longer than this end the conversation.
@@ -81,6 +83,60 @@ pub(crate) async fn send(
     fd: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
     send_bytes(stream, &to_line(message)?, fd).await
+}
+
+/// A stream that hands a descriptor over with the first bytes written.
+pub(crate) struct WithFd {
+    stream: UnixStream,
+    fd: Option<OwnedFd>,
+}
+
+impl WithFd {
+    pub(crate) fn new(stream: UnixStream, fd: Option<OwnedFd>) -> Self {
+        Self { stream, fd }
+    }
+}
+
+impl AsyncRead for WithFd {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for WithFd {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        let Some(fd) = &this.fd else {
+            return Pin::new(&mut this.stream).poll_write(context, bytes);
+        };
+        loop {
+            ready!(this.stream.poll_write_ready(context))?;
+            let send = || send_once(this.stream.as_fd(), bytes, Some(fd.as_fd()));
+            match this.stream.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => {
+                    this.fd = None;
+                    return Poll::Ready(sent);
+                }
+            }
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// Reads lines and the descriptors that came with them.

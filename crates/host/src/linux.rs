@@ -2,6 +2,7 @@
 //! reports what they do. The one place where the host's parts meet.
 
 mod attend;
+mod change;
 mod drive;
 mod launch;
 mod live;
@@ -26,6 +27,7 @@ use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use crate::backend::choose::Choice;
+use crate::backend::cloud_hypervisor;
 use crate::backend::qemu::plan::firmware_steps;
 use crate::backend::{Launch, Survey, Unsupported};
 use crate::facts::Facts;
@@ -245,7 +247,10 @@ impl Host for Linux {
     async fn change(&self, machine: Arc<Machine>, change: Change) -> Result<(), String> {
         let live = self.live(machine.id)?;
         let survey = self.survey(&machine, None).await.map_err(|p| p.to_string())?;
-        launch::make(&machine, &survey.steps).await?;
+        if matches!(change, Change::AddDisk { .. }) {
+            let steps = change::steps(&machine, &survey, live.launch.backend)?;
+            launch::make(&machine, &steps).await?;
+        }
         let facts = self.facts().await;
         live.change(&machine, &survey, change, facts, &self.networks).await
     }
@@ -264,6 +269,8 @@ impl Host for Linux {
         let run = self.paths.running(machine.id);
         // Gone already, or a leftover that `gc` will name.
         let _ = tokio::fs::remove_dir_all(run).await;
+        let plugged = cloud_hypervisor::plan::plugged(&self.paths.machine(machine.id));
+        let _ = tokio::fs::remove_dir_all(plugged).await;
         let facts = self.facts().await;
         let _ = lodge_jail::cgroup::remove(&facts.cgroups, &machine.id.to_string());
     }

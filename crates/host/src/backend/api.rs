@@ -2,6 +2,7 @@
 //! connection. Knows the wire, not what the calls mean.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
+
+use crate::fdpass::WithFd;
 
 /// An answer takes at most this long before the hypervisor counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -58,7 +61,7 @@ impl Api {
     /// One call. The answer is null where there is none.
     pub async fn call(&self, verb: &str, path: &str, body: &Value) -> Result<Value, ApiError> {
         let silent = || ApiError::Silent(format!("{verb} {path}"));
-        let asking = self.ask(verb, path, body);
+        let asking = self.ask(verb, path, body, None);
         tokio::time::timeout(PATIENCE, asking).await.map_err(|_| silent())?
     }
 
@@ -69,11 +72,30 @@ impl Api {
         path: &str,
         body: &Value,
     ) -> Result<Value, ApiError> {
-        self.ask(verb, path, body).await
+        self.ask(verb, path, body, None).await
     }
 
-    async fn ask(&self, verb: &str, path: &str, body: &Value) -> Result<Value, ApiError> {
-        let stream = UnixStream::connect(&self.socket).await?;
+    /// One call that hands over a descriptor.
+    pub async fn call_with_fd(
+        &self,
+        verb: &str,
+        path: &str,
+        body: &Value,
+        fd: OwnedFd,
+    ) -> Result<Value, ApiError> {
+        let silent = || ApiError::Silent(format!("{verb} {path}"));
+        let asking = self.ask(verb, path, body, Some(fd));
+        tokio::time::timeout(PATIENCE, asking).await.map_err(|_| silent())?
+    }
+
+    async fn ask(
+        &self,
+        verb: &str,
+        path: &str,
+        body: &Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, ApiError> {
+        let stream = WithFd::new(UnixStream::connect(&self.socket).await?, fd);
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         // It ends with the answer; what goes wrong in between is the answer's error.

@@ -225,7 +225,7 @@ fn accel(
 }
 
 /// The survey's steps with raw disks in place of layers, and a file for each disk.
-fn raw_disks(
+pub(crate) fn raw_disks(
     machine: &Machine,
     survey: &Survey,
     backend: BackendKind,

@@ -10,9 +10,7 @@ use lodge_jail::cgroup::Limits;
 use lodge_machine::Seen;
 use lodge_machine::host::{Command, Found, Mark, Report, Sink};
 use lodge_spec::draft::GuardDraft;
-use lodge_spec::machine::Machine;
 use lodge_spec::names::Mac;
-use lodge_spec::request::Change;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
 
@@ -21,8 +19,7 @@ use super::launch::launch_file;
 use super::usage::Sample;
 use crate::backend::qemu::control::{Control, Stands, disk_error, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
-use crate::backend::{FIRST_FD, Forward, Launch, ScreenPort, Survey, Tap};
-use crate::facts::Facts;
+use crate::backend::{Forward, Launch, ScreenPort, Tap};
 use crate::fdpass::{self, Lines};
 use crate::paths::boot_id;
 use crate::warden::message::{self, Ask, Exit, Status, Tell};
@@ -280,10 +277,6 @@ fn report(sink: &Sink, tell: Tell) {
     let _ = sink.send(report);
 }
 
-fn cold(backend: &str) -> String {
-    format!("{backend} takes nothing in or out while it runs here; stop the machine first")
-}
-
 impl Live {
     /// Tells the hypervisor what to do, and reports what follows where nothing else will.
     pub(super) async fn command(&self, command: Command) -> Result<(), String> {
@@ -302,90 +295,8 @@ impl Live {
         self.asks.send(ask).map_err(|_| "the machine's warden is gone".to_owned())
     }
 
-    /// Applies a change to the running hypervisor; `machine` and `survey` are after the change.
-    pub(super) async fn change(
-        &self,
-        machine: &Machine,
-        survey: &Survey,
-        change: Change,
-        facts: &Facts,
-        networks: &Mutex<()>,
-    ) -> Result<(), String> {
-        match change {
-            Change::AddPort { .. } | Change::RemovePort { .. } => {
-                return self.set_ports(Forward::all(machine)).await;
-            }
-            Change::Document { .. } => return Ok(()),
-            _ => {}
-        }
-        let control = match &self.drive {
-            Drive::Qemu(control) => control,
-            Drive::CloudHypervisor(control) => {
-                return match change {
-                    Change::Cpus { count } => control.set_cpus(count).await,
-                    Change::Memory { bytes } => control.set_memory(bytes).await,
-                    Change::AddDisk { .. }
-                    | Change::RemoveDisk { .. }
-                    | Change::DiskLimits { .. }
-                    | Change::AddNic { .. }
-                    | Change::RemoveNic { .. } => Err(cold("cloud-hypervisor")),
-                    Change::AddPort { .. }
-                    | Change::RemovePort { .. }
-                    | Change::Document { .. } => Ok(()),
-                };
-            }
-            Drive::Firecracker(control) => {
-                return match change {
-                    Change::Memory { bytes } => {
-                        control.set_memory(bytes, machine.memory.max.0).await
-                    }
-                    _ => Err(cold("firecracker")),
-                };
-            }
-        };
-        let board = self.launch.board.ok_or("the board is unknown")?;
-        match change {
-            Change::Cpus { count } => {
-                let qemu = facts.qemu.as_ref().map_err(Clone::clone)?;
-                control.set_cpus(count, self.launch.accel, qemu).await
-            }
-            Change::Memory { .. } => self.grow_memory(control, machine).await,
-            Change::AddDisk { .. } => {
-                let disk = machine.disks.last().ok_or("no disk")?;
-                let files = survey.disks.last().ok_or("no disk")?;
-                let open = |depth: usize, writable: bool| {
-                    let path = &files.layers[depth].path;
-                    let file = std::fs::File::options().read(true).write(writable).open(path)?;
-                    Ok(file.into())
-                };
-                control.add_disk(disk, files, board, open).await
-            }
-            Change::RemoveDisk { name } => control.remove_disk(&name).await,
-            Change::DiskLimits { name, .. } => {
-                let disk = machine.disks.iter().find(|disk| disk.name.as_str() == name);
-                control.limit_disk(disk.ok_or("no disk")?, board).await
-            }
-            Change::AddNic { .. } => {
-                let (nic, place) = machine.nics.last().zip(survey.nics.last()).ok_or("no nic")?;
-                let _one = networks.lock().await;
-                crate::net::uplink::ensure(&place.network, &nic.network).await?;
-                let tap = Tap::of(machine, survey, FIRST_FD, machine.nics.len() - 1);
-                let interface = tap.interface.clone();
-                let fd = self.new_tap(tap).await?;
-                let added = control.add_nic(nic, board, fd).await;
-                if added.is_err() {
-                    self.ask(Ask::Untap { interface }).await?;
-                }
-                added
-            }
-            Change::RemoveNic { name } => control.remove_nic(&name).await,
-            // Done above, whatever the hypervisor is.
-            Change::AddPort { .. } | Change::RemovePort { .. } | Change::Document { .. } => Ok(()),
-        }
-    }
-
     /// Forwards these host ports and no others.
-    async fn set_ports(&self, ports: Vec<Forward>) -> Result<(), String> {
+    pub(super) async fn set_ports(&self, ports: Vec<Forward>) -> Result<(), String> {
         let _one = self.taps.lock().await;
         let text = |e: std::io::Error| format!("the machine's warden: {e}");
         let mut warden = Warden::connect(&self.launch.warden.run).await?;
@@ -400,22 +311,7 @@ impl Live {
         }
     }
 
-    async fn grow_memory(&self, control: &Control, machine: &Machine) -> Result<(), String> {
-        let argv = &self.launch.warden.jail.argv;
-        let option = argv.iter().skip_while(|a| *a != "-m").nth(1).cloned().unwrap_or_default();
-        let size = option.strip_prefix("size=").and_then(|s| s.split('M').next());
-        let at_boot: u64 = size.and_then(|s| s.parse().ok()).ok_or("the memory is unknown")?;
-        let modules = control.memory_modules().await?;
-        let now = at_boot + (control.plugged_memory().await? >> 20);
-        let wanted = machine.memory.size.as_mib();
-        match wanted.checked_sub(now) {
-            Some(0) => Ok(()),
-            Some(more) => control.add_memory(more << 20, modules).await,
-            None => Err("memory that runs cannot be taken away; stop the machine first".into()),
-        }
-    }
-
-    async fn new_tap(&self, tap: Tap) -> Result<std::os::fd::OwnedFd, String> {
+    pub(super) async fn new_tap(&self, tap: Tap) -> Result<std::os::fd::OwnedFd, String> {
         let _one = self.taps.lock().await;
         let text = |e: std::io::Error| format!("the machine's warden: {e}");
         let mut warden = Warden::connect(&self.launch.warden.run).await?;

@@ -138,10 +138,10 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
         --cmdline console=ttyS0
         --cpus boot=2,max=8,topology=2:4:1:1
         --memory size=1073741824,hotplug_method=acpi,hotplug_size=1073741824
-        --disk path=/disks/0,id=disk0,serial=disk0
-        --disk path=/disks/1,id=disk1,serial=disk1,readonly=on
-        --disk path=/disks/2,id=disk2,serial=disk2
-        --net fd=110,id=nic0,mac=52:4c:b5:2a:46:51,bw_size=100000,bw_refill_time=100,bw_one_time_burst=5
+        --disk path=/disks/0,id=disk-disk0,serial=disk0
+        --disk path=/disks/1,id=disk-disk1,serial=disk1,readonly=on
+        --disk path=/disks/2,id=disk-disk2,serial=disk2
+        --net fd=110,id=nic-nic0,mac=52:4c:b5:2a:46:51,bw_size=100000,bw_refill_time=100,bw_one_time_burst=5
         --rng src=/dev/urandom
         --balloon size=0,deflate_on_oom=on
         --serial tty
@@ -158,6 +158,7 @@ fn cloud_hypervisor_is_told_by_its_arguments() {
             /disks/1 ro /data.img
             /disks/2 rw /m/disk2.raw
             /dev/urandom rw /dev/urandom
+            /plugged rw /m/plugged
         "#]],
     );
     assert_eq!((jail.network, jail.terminal, jail.binds_sockets), (None, Some(100), false));

@@ -1,14 +1,16 @@
 //! Driving a running Cloud Hypervisor. What an accepted call means for the machine's life is said
 //! here; its end is seen by the warden.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use lodge_machine::Seen;
 use lodge_machine::host::Command;
+use lodge_spec::machine::{Disk, DiskBus, Nic};
 use lodge_spec::state::Traffic;
 use serde_json::{Value, json};
 
-use super::plan::MEMORY_URL;
+use super::plan::{MEMORY_URL, disk_id, nic_id, plugged_inside};
 use crate::backend::api::{Api, ApiError};
 
 /// A running Cloud Hypervisor.
@@ -66,6 +68,36 @@ impl Control {
     pub async fn set_memory(&self, bytes: u64) -> Result<(), String> {
         let body = json!({"desired_ram": bytes});
         self.put("vm.resize", &body).await.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// Plugs in a disk that is shown under its name among those that are plugged in.
+    pub async fn add_disk(&self, disk: &Disk) -> Result<(), String> {
+        if disk.bus != DiskBus::Virtio {
+            return Err(format!("{}: only virtio disks can be plugged in", disk.name));
+        }
+        let name = disk.name.as_str();
+        let body = json!({
+            "path": plugged_inside(name),
+            "id": disk_id(name),
+            "serial": disk.serial,
+            "readonly": disk.read_only,
+        });
+        self.put("vm.add-disk", &body).await.map(drop).map_err(|e| e.to_string())
+    }
+
+    pub async fn add_nic(&self, nic: &Nic, tap: OwnedFd) -> Result<(), String> {
+        let mut body = json!({"id": nic_id(nic.name.as_str()), "mac": nic.mac.to_string()});
+        if let Some(limit) = &nic.rx_limit {
+            body["rate_limiter_config"] = json!({"bandwidth": limit.bucket()});
+        }
+        let asked = self.api.call_with_fd("PUT", "/api/v1/vm.add-net", &body, tap).await;
+        asked.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// Asks the guest to let go of a device.
+    pub async fn remove(&self, id: &str) -> Result<(), String> {
+        let asked = self.put("vm.remove-device", &json!({"id": id})).await;
+        asked.map(drop).map_err(|e| e.to_string())
     }
 
     /// What the disks have carried since the start.

@@ -1,6 +1,8 @@
 //! How Cloud Hypervisor is started for a machine: one process whose arguments describe the machine
 //! whole. Interfaces and its own control socket are descriptors. Pure, like every plan.
 
+use std::path::{Path, PathBuf};
+
 use lodge_jail::JailPlan;
 use lodge_spec::capability::{Feature, needs};
 use lodge_spec::flist::Transport;
@@ -8,7 +10,7 @@ use lodge_spec::machine::{Accel, BackendKind, Machine, RateLimit};
 use serde_json::json;
 
 use crate::backend::vmm::{self, Prepared};
-use crate::backend::{BootFiles, Launch, Listen, RootServer, Survey, Tap, Unsupported};
+use crate::backend::{BootFiles, Launch, Listen, RootServer, Step, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 
 const CLOUD: BackendKind = BackendKind::CloudHypervisor;
@@ -20,6 +22,8 @@ const FEATURES: [Feature; 5] = [
     Feature::RateLimits,
     Feature::FlistRoot,
 ];
+/// Inside the jail: the disks that are plugged in while it runs, by their names.
+const PLUGGED: &str = "/plugged";
 /// Inside the jail: where its memory is saved.
 pub(super) const MEMORY_URL: &str = "file:///memory";
 /// The socket of whoever serves the root, inside.
@@ -31,8 +35,11 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     let vmm = found.map_err(|why| vec![Unsupported::new("", CLOUD, why)])?;
     let lacks = obstacles(machine, survey, facts);
     let prepared = vmm::prepare(machine, survey, facts, (CLOUD, vmm), lacks)?;
-    let Prepared { notes, steps, disks, mut binds } = prepared;
+    let Prepared { notes, mut steps, disks, mut binds } = prepared;
     binds.push(vmm::device("/dev/urandom"));
+    let folder = plugged(&survey.state);
+    binds.push(vmm::file(&folder, PLUGGED.into(), true));
+    steps.push(Step::Folder { path: folder });
     if survey.root.is_some() {
         binds.push(vmm::file(&RootServer::socket(&survey.run), ROOT.into(), true));
     }
@@ -61,10 +68,12 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
 /// afterwards.
 pub(crate) fn go_on(launch: &mut Launch) {
     let argv = &mut launch.warden.jail.argv;
+    let nets = argv.iter().filter_map(|value| value.strip_prefix("fd=")?.split_once(",id="));
+    let fds: Vec<String> = nets
+        .map(|(fd, rest)| format!("{}@[{fd}]", rest.split(',').next().unwrap_or_default()))
+        .collect();
     // Its own name and its socket stay.
     argv.truncate(3);
-    let fds = launch.warden.taps.iter().enumerate();
-    let fds: Vec<String> = fds.map(|(i, tap)| format!("nic{i}@[{}]", tap.fd)).collect();
     let nets = match fds.is_empty() {
         true => String::new(),
         false => format!(",net_fds=[{}]", fds.join(",")),
@@ -110,6 +119,26 @@ fn obstacles(machine: &Machine, survey: &Survey, facts: &Facts) -> Vec<Unsupport
     list
 }
 
+/// Where disks that are plugged in are shown to a machine's hypervisor.
+pub(crate) fn plugged(state: &Path) -> PathBuf {
+    state.join("plugged")
+}
+
+/// The same, as the hypervisor sees one.
+pub(super) fn plugged_inside(name: &str) -> String {
+    format!("{PLUGGED}/{name}")
+}
+
+/// What it calls a disk.
+pub(crate) fn disk_id(name: &str) -> String {
+    format!("disk-{name}")
+}
+
+/// What it calls an interface.
+pub(crate) fn nic_id(name: &str) -> String {
+    format!("nic-{name}")
+}
+
 fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
     let mut argv = vec!["cloud-hypervisor".to_owned()];
     let mut add = |option: &str, value: String| argv.extend([option.to_owned(), value]);
@@ -141,7 +170,8 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
     for i in 0..disks {
         let rights = if vmm::is_writable(machine, i) { "" } else { ",readonly=on" };
         let serial = machine.disks.get(i).map_or("lodge-files", |disk| disk.serial.as_str());
-        add("--disk", format!("path=/disks/{i},id=disk{i},serial={serial}{rights}"));
+        let id = disk_id(machine.disks.get(i).map_or("files", |disk| disk.name.as_str()));
+        add("--disk", format!("path=/disks/{i},id={id},serial={serial}{rights}"));
     }
     for (i, nic) in machine.nics.iter().enumerate() {
         let limit = nic.rx_limit.as_ref().map(RateLimit::bucket);
@@ -152,7 +182,8 @@ fn arguments(machine: &Machine, survey: &Survey, disks: usize) -> Vec<String> {
             )
         });
         let fd = vmm::FIRST_TAP + i as i32;
-        add("--net", format!("fd={fd},id=nic{i},mac={}{}", nic.mac, limit.unwrap_or_default()));
+        let id = nic_id(nic.name.as_str());
+        add("--net", format!("fd={fd},id={id},mac={}{}", nic.mac, limit.unwrap_or_default()));
     }
     add("--rng", "src=/dev/urandom".into());
     add("--balloon", "size=0,deflate_on_oom=on".into());
