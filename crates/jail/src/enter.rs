@@ -11,6 +11,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::UnshareFlags;
 
 use crate::mounts;
+use crate::owners::Owners;
 use crate::plan::{FD_LIMIT, JailPlan};
 use crate::syscalls;
 
@@ -54,6 +55,7 @@ pub fn run(plan: &JailPlan) -> Result<(), Error> {
     if rootless {
         enter_user_namespace(plan.uid, plan.gid)?;
     }
+    let owners = if rootless { Owners::default() } else { Owners::of(plan)? };
     let network = enter_network(plan)?;
     // SAFETY: this process has one thread, and nothing here relies on what these flags unshare.
     unsafe {
@@ -72,7 +74,7 @@ pub fn run(plan: &JailPlan) -> Result<(), Error> {
     if let Some(child) = fork_sibling()? {
         return send(status, &format!("pid {child}\n"));
     }
-    confine(plan, program, rootless)?;
+    confine(plan, program, &owners, rootless)?;
     send(status, "enter\n")?;
     become_program(plan)
 }
@@ -135,9 +137,14 @@ fn fork_sibling() -> Result<Option<i32>, Error> {
     }
 }
 
-fn confine(plan: &JailPlan, program: OwnedFd, rootless: bool) -> Result<(), Error> {
+fn confine(
+    plan: &JailPlan,
+    program: OwnedFd,
+    owners: &Owners,
+    rootless: bool,
+) -> Result<(), Error> {
     rustix::process::setsid().map_err(step("leave the session"))?;
-    mounts::enter_root(plan, rootless)?;
+    mounts::enter_root(plan, owners, rootless)?;
     rustix::system::sethostname(b"jail").map_err(step("set the host name"))?;
     set_limits()?;
     take_terminal(plan.terminal)?;

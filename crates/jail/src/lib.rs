@@ -10,6 +10,7 @@ pub mod worker;
 
 mod enter;
 mod mounts;
+mod owners;
 mod syscalls;
 
 pub use enter::Error;

@@ -14,12 +14,14 @@ use rustix::mount::{
 };
 
 use crate::enter::{Error, at};
+use crate::owners::Owners;
 use crate::plan::{Bind, FuseMount, JailPlan};
 
 const RDONLY: u64 = 1;
 const NOSUID: u64 = 2;
 const NODEV: u64 = 4;
 const NOEXEC: u64 = 8;
+const IDMAP: u64 = 0x0010_0000;
 
 /// `struct mount_attr` of `mount_setattr(2)`.
 #[repr(C)]
@@ -31,14 +33,15 @@ struct MountAttr {
 }
 
 /// Makes the new root and enters it; afterwards no host path can be named.
-pub(crate) fn enter_root(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
+pub(crate) fn enter_root(plan: &JailPlan, owners: &Owners, rootless: bool) -> Result<(), Error> {
     let root = Path::new("/");
     rustix::mount::mount_change(root, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(at("make mounts private", root))?;
     // Root makes device nodes anew, owned by the user inside; others bind what they may open.
     let (nodes, binds): (Vec<&Bind>, Vec<&Bind>) =
         plan.binds.iter().partition(|bind| bind.device && !rootless);
-    let trees = binds.iter().map(|bind| clone_tree(bind)).collect::<Result<Vec<_>, _>>()?;
+    let cloned = binds.iter().map(|bind| clone_tree(bind, owners.mapping(bind, plan.uid)?));
+    let trees = cloned.collect::<Result<Vec<_>, _>>()?;
     let devices = nodes.iter().map(|bind| device_number(bind)).collect::<Result<Vec<_>, _>>()?;
     let stage = plan.stage.as_path();
     mount_empty(stage, nodes.is_empty())?;
@@ -60,7 +63,7 @@ pub(crate) fn enter_root(plan: &JailPlan, rootless: bool) -> Result<(), Error> {
     rustix::process::chdir("/").map_err(at("enter", root))
 }
 
-fn clone_tree(bind: &Bind) -> Result<OwnedFd, Error> {
+fn clone_tree(bind: &Bind, owner: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error> {
     let tree = rustix::mount::open_tree(
         rustix::fs::CWD,
         &bind.source,
@@ -72,6 +75,10 @@ fn clone_tree(bind: &Bind) -> Result<OwnedFd, Error> {
     attributes |= if bind.device { 0 } else { NODEV };
     attributes |= if bind.executable { 0 } else { NOEXEC };
     set_attributes(tree.as_fd(), attributes).map_err(at("restrict", &bind.source))?;
+    if let Some(owner) = owner {
+        // Not every file system can; there the program is told that it may not open the file.
+        let _ = show_as_own(tree.as_fd(), owner);
+    }
     Ok(tree)
 }
 
@@ -175,7 +182,15 @@ fn open_path(path: &Path) -> Result<OwnedFd, Error> {
 }
 
 fn set_attributes(fd: impl AsFd, set: u64) -> io::Result<()> {
-    let attr = MountAttr { set, clear: 0, propagation: 0, userns_fd: 0 };
+    set_attr(fd, MountAttr { set, clear: 0, propagation: 0, userns_fd: 0 })
+}
+
+fn show_as_own(fd: BorrowedFd<'_>, owner: BorrowedFd<'_>) -> io::Result<()> {
+    let userns_fd = owner.as_raw_fd().unsigned_abs().into();
+    set_attr(fd, MountAttr { set: IDMAP, clear: 0, propagation: 0, userns_fd })
+}
+
+fn set_attr(fd: impl AsFd, attr: MountAttr) -> io::Result<()> {
     let empty = CString::default();
     // SAFETY: the path is a terminated empty string, `attr` lives through the call and its size is
     // passed with it; the kernel only reads both.

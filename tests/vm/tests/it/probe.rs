@@ -95,6 +95,22 @@ fn the_whole_life_with_kvm() {
     whole_life("microvm", "kvm");
 }
 
+/// Some distributions keep kernels from all but root; a machine boots one all the same.
+#[test]
+fn a_kernel_that_is_roots_alone_boots() {
+    use std::os::unix::fs::PermissionsExt;
+    let lab = Lab::new();
+    let kernel = lab.home().join("vmlinuz");
+    std::fs::copy(assets::probe(), &kernel).unwrap();
+    std::fs::set_permissions(&kernel, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = document(&lab, "p", "q35", "tcg", "nics: []\n");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace(&assets::probe(), kernel.to_str().unwrap());
+    std::fs::write(&file, text).unwrap();
+    lab.ok(&["create", &file]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+}
+
 /// What KVM cannot carry out ends the machine, with the reason.
 #[test]
 fn a_hypervisor_that_cannot_go_on_is_a_failure_with_a_reason() {

@@ -159,6 +159,39 @@ fn memory_is_saved_by_both() {
     }
 }
 
+/// A file of the host's is written to as it lies, whoever's it is, and stays theirs.
+#[test]
+fn files_of_others_are_lent() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    need!(assets::kvm_opens(), "a /dev/kvm that opens");
+    for (backend, lab) in each() {
+        let name = &backend[..5];
+        let lent = |file: &str| {
+            let path = lab.home().join(file);
+            std::fs::copy(lab.home().join("disk.img"), &path).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+            std::os::unix::fs::chown(&path, Some(1234), Some(1235)).unwrap();
+            path
+        };
+        let (own, read) = (lent("own.img"), lent("read.img"));
+        let disks = format!(
+            "nics: []\ndisks:\n- {{source: {}}}\n- {{source: {}, read_only: true}}\n",
+            own.display(),
+            read.display()
+        );
+        start(&lab, name, backend, &disks);
+        let text = lab.console_text(name);
+        assert!(text.contains("PROBE disk0: DISK writable=true"), "{text}");
+        assert!(text.contains("PROBE disk1: DISK writable=false"), "{text}");
+        lab.type_and_see(name, "write\n", "written");
+        lab.ok(&["stop", name, "--force"]);
+        assert_eq!(&std::fs::read(&own).unwrap()[512..517], b"WROTE");
+        let found = std::fs::metadata(&own).unwrap();
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (1234, 1235, 0o600));
+        lab.ok(&["rm", name]);
+    }
+}
+
 #[test]
 fn ends_of_every_kind_are_told_apart() {
     need!(assets::kvm_opens(), "a /dev/kvm that opens");
