@@ -7,9 +7,9 @@ use anyhow::{Result, ensure};
 
 use crate::run::{command, say};
 
-const TARGETS: &[&str] = &["disk", "flist_file", "flist_message"];
+const TARGETS: &[&str] = &["disk", "file", "flist_file", "flist_message", "request"];
 /// Each is fuzzed for so long.
-const SECONDS: u32 = 20;
+const SECONDS: u32 = 15;
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \

@@ -23,6 +23,12 @@ pub use tenants::{Foreign, Quota, Tenants, Token};
 
 use metrics::Metrics;
 
+/// What a fuzzer tries.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    decode::fuzz(bytes);
+}
+
 /// The owner of machines where nobody has to say who they are.
 pub const DEFAULT_CUSTOMER: &str = "default-customer";
 /// The word in `origin.door` of machines that came through here.

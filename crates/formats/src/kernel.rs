@@ -73,7 +73,7 @@ fn payload(image: &[u8]) -> Result<&[u8], Error> {
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], Error> {
-    bytes.get(at..at + N).and_then(|slice| slice.try_into().ok()).ok_or(Error::Short)
+    bytes.get(at..at.saturating_add(N)).and_then(|slice| slice.try_into().ok()).ok_or(Error::Short)
 }
 
 fn bounded(reader: impl Read) -> Result<Vec<u8>, Error> {
@@ -104,6 +104,11 @@ fn lz4_legacy(mut rest: &[u8]) -> Result<Vec<u8>, Error> {
     Ok(out)
 }
 
+/// Kernels have a handful of segments and little in their notes; no more of a file is looked at,
+/// however much it claims to have.
+const MAX_SEGMENTS: u64 = 64;
+const MAX_NOTES: usize = 1 << 20;
+
 /// The ELF has the note that tells hypervisors its PVH entry point (name `Xen`, type 18).
 pub fn has_pvh_entry(elf: &[u8]) -> bool {
     pvh_note(elf).unwrap_or(false)
@@ -115,15 +120,15 @@ fn pvh_note(elf: &[u8]) -> Result<bool, Error> {
     }
     let table = u64::from_le_bytes(array(elf, 32)?);
     let entry_size = u64::from(u16::from_le_bytes(array(elf, 54)?));
-    let count = u64::from(u16::from_le_bytes(array(elf, 56)?));
+    let count = u64::from(u16::from_le_bytes(array(elf, 56)?)).min(MAX_SEGMENTS);
     for i in 0..count {
         let at = usize::try_from(table.saturating_add(i * entry_size)).map_err(|_| Error::Short)?;
         let kind = u32::from_le_bytes(array(elf, at)?);
         if kind != 4 {
             continue;
         }
-        let field = |offset| array(elf, at + offset).map(u64::from_le_bytes);
-        let (offset, size) = (field(8)? as usize, field(32)? as usize);
+        let field = |offset| array(elf, at.saturating_add(offset)).map(u64::from_le_bytes);
+        let (offset, size) = (field(8)? as usize, (field(32)? as usize).min(MAX_NOTES));
         let notes = elf.get(offset..offset.saturating_add(size)).ok_or(Error::Short)?;
         if notes_hold_pvh(notes)? {
             return Ok(true);
@@ -196,6 +201,10 @@ mod tests {
         assert_eq!(unpack(&cut).unwrap_err(), Error::Short);
         cut.truncate(0x24e);
         assert_eq!(unpack(&cut).unwrap_err(), Error::Short);
+        // A table of segments at the end of all numbers.
+        let mut far = elf();
+        far[32..64].fill(0xff);
+        assert!(!has_pvh_entry(&far));
     }
 
     proptest::proptest! {

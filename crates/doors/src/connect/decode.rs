@@ -190,6 +190,28 @@ fn apply(request: &mut CreateVmRequest, written: &Written) -> Result<(), String>
     Ok(())
 }
 
+/// Reads a request of some kind in some form, as the first byte says.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(bytes: &[u8]) {
+    use super::proto::vmprovisioner::v1::{ListVmsRequest, ShutdownVmRequest};
+    let Some((kind, body)) = bytes.split_first() else { return };
+    let format = if kind % 2 == 0 { CodecFormat::Json } else { CodecFormat::Proto };
+    let unknown = &mut Unknown::new();
+    match kind / 2 % 3 {
+        0 => {
+            let Ok(mut request) = create(body, format, unknown) else { return };
+            // What was read is written, and reads the same again.
+            let written = encode(&request, format).expect("is written");
+            let again = create(&written, format, unknown).expect("is read");
+            assert_eq!(encode(&again, format).expect("is written"), written);
+            let config = request.config.get_or_insert_default();
+            let _ = super::create::check(config);
+        }
+        1 => drop(message::<ListVmsRequest>(body, format, "ListVmsRequest", unknown)),
+        _ => drop(message::<ShutdownVmRequest>(body, format, "ShutdownVmRequest", unknown)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
