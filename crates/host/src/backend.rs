@@ -107,6 +107,11 @@ pub enum Step {
         path: PathBuf,
         owner: u32,
     },
+    /// A named pipe into which the hypervisor writes.
+    Pipe {
+        path: PathBuf,
+        owner: u32,
+    },
     /// A raw disk, empty or with the bytes of another; kept if it is there.
     Raw {
         path: PathBuf,
@@ -169,6 +174,7 @@ impl fmt::Display for Step {
             Step::Folder { path } | Step::OwnFolder { path, .. } => {
                 write!(f, "folder {}", path.display())
             }
+            Step::Pipe { path, .. } => write!(f, "pipe {}", path.display()),
             Step::Raw { path, bytes, from: Some(from), .. } => {
                 write!(f, "raw disk {} of {bytes} bytes from {}", path.display(), from.display())
             }

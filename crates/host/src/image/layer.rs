@@ -99,6 +99,14 @@ pub(crate) fn share_or_copy(from: &Path, out: &File) -> io::Result<()> {
     }
 }
 
+/// Makes a named pipe.
+pub fn make_pipe(path: &Path, owner: u32) -> io::Result<()> {
+    use rustix::fs::{CWD, FileType, Mode};
+    let _ = fs::remove_file(path);
+    rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    give(path, owner)
+}
+
 /// Gives a folder to the user who makes files in it.
 pub fn give_folder(path: &Path, owner: u32) -> io::Result<()> {
     match rustix::process::geteuid().is_root() {

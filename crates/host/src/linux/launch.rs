@@ -87,6 +87,7 @@ fn make_one(machine: &Machine, step: &Step) -> Result<(), String> {
                 .and_then(|()| layer::give_folder(path, *owner))
                 .map_err(at(path))
         }
+        Step::Pipe { path, owner } => layer::make_pipe(path, *owner).map_err(at(path)),
         Step::Raw { path, bytes, from, owner } => {
             layer::make_raw(path, *bytes, from.as_deref(), *owner).map_err(at(path))
         }

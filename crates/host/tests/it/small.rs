@@ -82,6 +82,7 @@ fn firecracker_is_told_call_by_call() {
         raw disk /m/disk2.raw of 1073741824 bytes from /i/base
         folder /m/memory
         folder /run/m/api
+        pipe /run/m/api/metrics
     "#]]
     .assert_eq(&steps);
     binds(

@@ -6,6 +6,7 @@ use lodge_spec::capability::{Feature, needs};
 use lodge_spec::machine::{Accel, BackendKind, Machine};
 use serde_json::{Value, json};
 
+use super::control::metrics;
 use crate::backend::vmm::{self, Prepared, VmmFacts};
 use crate::backend::{BootFiles, Launch, Step, Survey, Tap, Unsupported};
 use crate::facts::Facts;
@@ -36,6 +37,7 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     let Prepared { notes, mut steps, disks, mut binds } = prepared;
     let api = survey.run.join("api");
     steps.push(Step::OwnFolder { path: api.clone(), owner: survey.uid });
+    steps.push(Step::Pipe { path: metrics(&api), owner: survey.uid });
     let taps = taps(machine, survey);
     let calls = calls(machine, survey, disks, &taps);
     if !taps.is_empty() {

@@ -239,10 +239,7 @@ fn call(shared: &Shared, asked: Call) -> Result<Value, String> {
             machine.ticks = 0;
             println!("GUEST-READY\r");
         }
-        ("PUT", "vm.power-button") => {
-            drop(machine);
-            press(shared);
-        }
+        ("PUT", "vm.power-button") => press(&machine.cmdline),
         ("PUT", "vmm.shutdown") => {
             std::thread::spawn(|| {
                 std::thread::sleep(Duration::from_millis(10));

@@ -92,7 +92,7 @@ fn describe(machine: &mut Machine, path: &str, body: &Value) -> Result<(), Strin
         "/balloon" => known(body, &["amount_mib", "deflate_on_oom", "stats_polling_interval_s"])?,
         "/metrics" => {
             known(body, &["metrics_path"])?;
-            let open = File::options().create(true).append(true).open(text(body, "metrics_path")?);
+            let open = File::options().read(true).write(true).open(text(body, "metrics_path")?);
             machine.metrics = Some(open.map_err(|e| format!("Cannot initialize metrics: {e}"))?);
         }
         _ => return Err(format!("Invalid request method and/or path: PUT {path}.")),
@@ -136,6 +136,28 @@ fn plugged(machine: &mut Machine, verb: &str, body: &Value) -> Result<Value, Str
     Ok(Value::Null)
 }
 
+fn act(shared: &Shared, machine: &mut Machine, action: &str) -> Result<(), String> {
+    match action {
+        "InstanceStart" => {
+            if !machine.told.contains_key("/boot-source") {
+                return Err("Cannot start microvm without kernel configuration.".into());
+            }
+            machine.state = State::Running;
+            boot(shared, true);
+        }
+        "SendCtrlAltDel" => press(&machine.cmdline),
+        "FlushMetrics" => {
+            let written = std::mem::take(&mut machine.written);
+            let block =
+                json!({"write_bytes": written, "write_count": written / 512, "read_bytes": 0});
+            let file = machine.metrics.as_mut().ok_or("no metrics")?;
+            writeln!(file, "{}", json!({"block": block})).map_err(|e| e.to_string())?;
+        }
+        other => return Err(format!("unknown variant `{other}`")),
+    }
+    Ok(())
+}
+
 fn call(shared: &Shared, verb: &str, path: &str, body: &Value) -> Result<Value, String> {
     let mut machine = shared.lock().unwrap();
     let before = |machine: &Machine| match machine.state {
@@ -161,30 +183,12 @@ fn call(shared: &Shared, verb: &str, path: &str, body: &Value) -> Result<Value, 
         }
         ("PUT", "/actions") => {
             known(body, &["action_type"])?;
-            match text(body, "action_type")? {
-                "InstanceStart" => {
-                    before(&machine)?;
-                    if !machine.told.contains_key("/boot-source") {
-                        return Err("Cannot start microvm without kernel configuration.".into());
-                    }
-                    machine.state = State::Running;
-                    boot(shared, true);
-                }
-                "SendCtrlAltDel" => {
-                    running(&machine)?;
-                    drop(machine);
-                    press(shared);
-                    return Ok(Value::Null);
-                }
-                "FlushMetrics" => {
-                    running(&machine)?;
-                    let written = std::mem::take(&mut machine.written);
-                    let line = json!({"block": {"write_bytes": written, "write_count": written / 512, "read_bytes": 0}});
-                    let file = machine.metrics.as_mut().ok_or("no metrics")?;
-                    writeln!(file, "{line}").map_err(|e| e.to_string())?;
-                }
-                other => return Err(format!("unknown variant `{other}`")),
+            let action = text(body, "action_type")?;
+            match action {
+                "InstanceStart" => before(&machine)?,
+                _ => running(&machine)?,
             }
+            act(shared, &mut machine, action)?;
         }
         ("PATCH", "/vm") => {
             running(&machine)?;
