@@ -126,9 +126,10 @@ impl<C: Control> Dispatcher for Methods<C> {
                 return Err(ConnectError::unimplemented("no such method"));
             }
             let begun = Instant::now();
-            let watched = super::watch::watch(&door, &context, &request, format).await;
-            let error = watched.as_ref().err();
-            door.finished(Method::WatchVms, begun, &About::of(&context), error);
+            let mut about = About::of(&context);
+            let unknown = &mut about.unknown;
+            let watched = super::watch::watch(&door, &context, &request, format, unknown).await;
+            door.finished(Method::WatchVms, begun, &about, watched.as_ref().err());
             watched
         })
     }

@@ -28,9 +28,9 @@ pub(super) async fn watch<C: Control>(
     context: &RequestContext,
     body: &[u8],
     format: CodecFormat,
+    unknown: &mut decode::Unknown,
 ) -> Changes {
-    let request: WatchVmsRequest =
-        decode::message(body, format, "WatchVmsRequest", &mut Vec::new())?;
+    let request: WatchVmsRequest = decode::message(body, format, "WatchVmsRequest", unknown)?;
     let caller = door.settings().tenants.caller(context.headers())?;
     let only = match request.vm_id.as_str() {
         "" => None,
