@@ -4,11 +4,11 @@
 #![no_main]
 
 use lodge_formats::tree::{self, Entry, Tree};
-use lodge_formats::{kernel, mdata, sniff};
+use lodge_formats::{cpio, kernel, mdata, sniff};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Some((kind, bytes)) = bytes.split_first() else { return };
-    match kind % 4 {
+    match kind % 5 {
         0 => archive(bytes),
         1 => {
             if let Ok(elf) = kernel::unpack(bytes) {
@@ -17,6 +17,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             look(bytes);
         }
         2 => drop(sniff::kind(bytes)),
+        4 => drop(cpio::to_tar(bytes, std::io::sink())),
         _ => drop(mdata::hear(bytes)),
     }
 });

@@ -35,6 +35,7 @@ const MAGICS: &[(usize, &[u8], Kind)] = &[
     (0, b"\x7fELF", Kind::Elf),
     (0x8001, b"CD001", Kind::Iso9660),
     (0, b"070701", Kind::Cpio),
+    (0, b"070702", Kind::Cpio),
     (257, b"ustar", Kind::Tar),
     (0, b"\x1f\x8b\x08", Kind::Gzip),
     (0, b"BZh", Kind::Bzip2),

@@ -2,12 +2,14 @@
 
 mod admin;
 mod cluster;
+mod hook;
 mod images;
 pub(crate) mod native;
 mod nets;
 mod programs;
 mod remote;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,7 @@ use lodge_host::rootfs::overlay::{Runner, Search};
 use lodge_spec::request::{Reply, Request};
 
 use crate::client;
+use hook::Hook;
 
 /// One command under way.
 struct Session {
@@ -52,12 +55,18 @@ fn run(commands: &'static [grammar::Command], words: &[String]) -> Result<ExitCo
 }
 
 fn carry_out(commands: &'static [grammar::Command], words: &[String]) -> Result<u8> {
+    let is_xc = commands == grammar::COMMANDS;
+    let hook = if is_xc { Hook::find()? } else { None };
+    if let (Some(hook), Some(name)) = (&hook, words.first())
+        && hook.has(name)
+    {
+        return hook.run(commands, words, settings);
+    }
     let Some(line) = grammar::parse(commands, words).map_err(|why| anyhow!(why))? else {
-        let program = if commands == grammar::ADMIN { "xcadmin" } else { "xc" };
-        print(&grammar::help(program, commands))?;
-        return Ok(0);
+        print(&grammar::help(if is_xc { "xc" } else { "xcadmin" }, commands))?;
+        return hook.map_or(Ok(()), |hook| print(&hook.help())).map(|()| 0);
     };
-    let settings = Settings::new(environment(), line.options.clone(), &callback()?, &shared()?);
+    let settings = settings(line.options.clone())?;
     let session = Session { line, settings };
     match session.line.command.name {
         "env" => print(&session.settings.lines()).map(|()| 0),
@@ -80,6 +89,11 @@ fn carry_out(commands: &'static [grammar::Command], words: &[String]) -> Result<
         "env_check" | "base_archives" | "build_base" | "mkovl" | "ovlindex" => session.admin(),
         _ => runtime()?.block_on(session.with_machines()),
     }
+}
+
+/// The environment with these options, which are stronger.
+fn settings(options: BTreeMap<String, String>) -> Result<Settings> {
+    Ok(Settings::new(environment(), options, &callback()?, &shared()?))
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {

@@ -152,8 +152,7 @@ const GONE: &[(&str, &str)] = &[
 ];
 
 /// Variables that meant something elsewhere, for a warning where they are set.
-pub const WITHOUT_EFFECT: &[&str] =
-    &["__kvm", "__kvm_opt", "__net_setup", "XCLUSTER_MONITOR_BASE", "XCLUSTER_HOOK"];
+pub const WITHOUT_EFFECT: &[&str] = &["__kvm", "__kvm_opt", "__net_setup", "XCLUSTER_MONITOR_BASE"];
 
 /// Options that may be followed by a node's number.
 const NUMBERED: &[&str] = &["append", "mem", "nets", "smp"];
@@ -180,6 +179,22 @@ pub fn parse(commands: &'static [Command], words: &[String]) -> Result<Option<Li
         };
         return Err(format!("Invalid command [{name}]{hint}"));
     };
+    let (options, words) = apart(rest, known)?;
+    Ok(Some(Line { command, options, words }))
+}
+
+/// Options by the names of their variables, and the words behind them.
+type Apart = (BTreeMap<String, String>, Vec<String>);
+
+/// The same for a command that is not of this table, whose options are not known.
+pub fn loose(rest: &[String]) -> Result<Apart, String> {
+    apart(rest, |name| match name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        true => Ok(()),
+        false => Err(format!("--{name} is no name of a variable")),
+    })
+}
+
+fn apart(rest: &[String], check: impl Fn(&str) -> Result<(), String>) -> Result<Apart, String> {
     let mut options = BTreeMap::new();
     let mut rest = rest.iter();
     let mut left = Vec::new();
@@ -190,11 +205,11 @@ pub fn parse(commands: &'static [Command], words: &[String]) -> Result<Option<Li
         };
         let (name, value) = option.split_once('=').unwrap_or((option, "yes"));
         let name = name.replace('-', "_");
-        known(&name)?;
+        check(&name)?;
         options.insert(format!("__{name}"), value.to_owned());
     }
     left.extend(rest.cloned());
-    Ok(Some(Line { command, options, words: left }))
+    Ok((options, left))
 }
 
 /// Whether an option exists; the reason where it does not.

@@ -6,6 +6,7 @@ use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 
+use lodge_formats::cpio;
 use lodge_formats::sniff::{self, Kind as FileKind};
 use lodge_formats::tree::{self, Entry, Kind, Node, Tree};
 
@@ -14,6 +15,8 @@ use super::provenance;
 
 /// Larger archives are refused.
 const MAX_BYTES: u64 = 64 << 30;
+/// What tells a cpio archive is in its first bytes.
+const MAGIC: usize = 6;
 /// So many zero bytes end an archive, at least.
 const END: usize = 512;
 
@@ -68,8 +71,19 @@ impl Layer {
 
     /// Takes an archive from a file, whatever it is packed with.
     pub fn open(name: &str, path: &Path) -> Result<Self, String> {
-        let stream = unpacked(path).map_err(|e| format!("{name}: {e}"))?;
-        Self::take(name, stream)
+        let mut stream = unpacked(path).map_err(|e| format!("{name}: {e}"))?;
+        let error = |e: io::Error| format!("{name}: {e}");
+        let mut start = Vec::with_capacity(MAGIC);
+        stream.by_ref().take(MAGIC as u64).read_to_end(&mut start).map_err(error)?;
+        let is_cpio = sniff::kind(&start) == FileKind::Cpio;
+        let stream = Cursor::new(start).chain(stream);
+        if !is_cpio {
+            return Self::take(name, stream);
+        }
+        let mut tar = tempfile::tempfile().map_err(error)?;
+        cpio::to_tar(stream.take(MAX_BYTES), io::BufWriter::new(&tar)).map_err(error)?;
+        tar.rewind().map_err(error)?;
+        Self::take(name, tar)
     }
 
     fn check(mut self, zeroes: usize) -> Result<Self, String> {
@@ -232,7 +246,7 @@ impl<F: std::ops::Deref<Target = File>> Seek for At<F> {
     }
 }
 
-/// A tar archive, whatever it is packed with: told by its content.
+/// A tar or cpio archive, whatever it is packed with: told by its content.
 pub fn unpacked(path: &Path) -> Result<Box<dyn Read>, String> {
     let text = |e: io::Error| format!("{}: {e}", path.display());
     let mut file = File::open(path).map_err(text)?;
@@ -240,7 +254,7 @@ pub fn unpacked(path: &Path) -> Result<Box<dyn Read>, String> {
     file.seek(SeekFrom::Start(0)).map_err(text)?;
     let file = BufReader::with_capacity(1 << 16, file);
     Ok(match kind {
-        FileKind::Tar => Box::new(file),
+        FileKind::Tar | FileKind::Cpio => Box::new(file),
         FileKind::Gzip => Box::new(flate2::read::MultiGzDecoder::new(file)),
         FileKind::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(file)),
         FileKind::Xz => Box::new(lzma_rust2::XzReader::new(file, true)),

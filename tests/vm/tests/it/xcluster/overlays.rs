@@ -147,3 +147,62 @@ fn the_command_line_is_strict_and_helps() {
     assert!(own.status.success(), "{own:?}");
     assert!(xc.path("made/mine/default/bin/mine_test").is_file());
 }
+
+/// A user's own commands, beside those of `xc` and in their place.
+#[test]
+fn a_hook_adds_commands_and_replaces_them() {
+    let mut xc = Xc::bare();
+    xc.files("A", &[("etc/x", "a")]);
+    let hook = xc.path("hook.sh");
+    let text = "##  mine [words]  What it does\n\
+                cmd_mine() {\n    log noted\n    test \"$__no_words\" = yes && set --\n    \
+                echo \"$__kver,$__a_b,$#,$1\"\n    cmd_mkcdrom A\n}\n\
+                cmd_env () { echo replaced; XCLUSTER_HOOK= $XCLUSTER env | grep ^__kver; }\n\
+                cmd_bad() { die \"it is bad\"; }\n";
+    fs::write(&hook, text).unwrap();
+    xc.set("XCLUSTER_HOOK", hook.to_str().unwrap());
+    let said = xc.says(&["mine", "--a-b=$(id) 'x'", "--kver=linux-1.2", "two words", "; id"]);
+    assert_eq!((said.code, said.err.as_str()), (0, "noted\n"), "{said:?}");
+    assert_eq!(said.out, "linux-1.2,$(id) 'x',2,two words\n00A.tar\n");
+    let said = xc.ok(&["env"]);
+    assert!(said.starts_with("replaced\n__kver='"), "{said}");
+    assert_eq!(xc.fails(&["bad"]), "ERROR: it is bad\n");
+    assert!(xc.ok(&["help"]).contains("  mine [words]  What it does\n"));
+    // The others are as strict as ever.
+    assert!(xc.fails(&["mkcdrom", "--nosuch=1"]).contains("Unknown option --nosuch"));
+    assert!(xc.fails(&["nosuch"]).contains("Invalid command [nosuch]"));
+    assert!(xc.fails(&["mine", "--a;b=1"]).contains("is no name of a variable"));
+    xc.set("XCLUSTER_HOOK", "/nowhere/hook");
+    assert!(xc.fails(&["mkcdrom"]).contains("XCLUSTER_HOOK=/nowhere/hook"));
+}
+
+/// What was packed with cpio is laid like what was packed with tar.
+#[test]
+fn cpio_archives_are_overlays_too() {
+    let xc = Xc::bare();
+    let mut writer = lodge_formats::cpio::Writer::new(Vec::new());
+    writer.file("/etc/deep/x", 0o640, b"from cpio").unwrap();
+    let plain = writer.finish().unwrap();
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut packer, &plain).unwrap();
+    for (name, bytes) in [("one.cpio", plain.clone()), ("two.cpio.gz", packer.finish().unwrap())] {
+        let path = xc.path(name);
+        fs::write(&path, bytes).unwrap();
+        xc.ok(&["mkcdrom", path.to_str().unwrap()]);
+        let label = name.split('.').next().unwrap();
+        let output = command("isoinfo")
+            .args(["-R", "-x", &format!("/00{label}.tar"), "-i"])
+            .arg(xc.path("ws/tmp/cdrom.iso"))
+            .output()
+            .unwrap();
+        let tar = xc.path("out.tar");
+        fs::write(&tar, output.stdout).unwrap();
+        let listed = command("tar").args(["-tvf"]).arg(&tar).output().unwrap();
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        assert!(listed.contains("-rw-r----- ") && listed.contains(" etc/deep/x"), "{listed}");
+    }
+    let cut = xc.path("cut.cpio");
+    fs::write(&cut, &plain[..plain.len() - 200]).unwrap();
+    let said = xc.fails(&["mkcdrom", cut.to_str().unwrap()]);
+    assert!(said.contains("the cpio archive: it is cut off"), "{said}");
+}
