@@ -358,6 +358,9 @@ pub struct Tap {
     /// The bridge that it is on, where that is not the network's common one.
     #[serde(default)]
     pub segment: Option<Segment>,
+    /// Bytes, where not 1500.
+    #[serde(default)]
+    pub mtu: Option<u16>,
     pub lease: Lease,
     pub guard: Option<GuardDraft>,
     /// The name under which neighbours find the machine.
@@ -381,6 +384,7 @@ impl Tap {
             address: place.address,
             subnet: nic.subnet.map(|s| (s.prefix, s.gateway)),
             segment: nic.segment,
+            mtu: nic.mtu,
             lease: nic.lease,
             guard: nic.guard.as_deref().map(Guard::to_draft),
             hostname: machine.hostname.clone(),

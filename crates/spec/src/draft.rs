@@ -304,6 +304,10 @@ pub struct NicDraft {
     /// IPv6 address and prefix length of a segment's router. The network answers there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gateway6: Option<String>,
+    /// Bytes of the largest packet, 576 to 9000. The guest is told by DHCP, and by the device
+    /// where it can. 1500 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
     /// What DHCP tells: `full`, `address` (without router, names and host name) or `none`. `full`
     /// when absent.
     #[serde(skip_serializing_if = "Option::is_none")]

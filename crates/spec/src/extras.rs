@@ -352,6 +352,19 @@ pub(crate) fn resolve_segment(
     }
 }
 
+/// Nothing where it is what everybody expects.
+pub(crate) fn resolve_mtu(
+    p: &mut Problems,
+    at: &impl Fn(&str) -> String,
+    mtu: Option<u32>,
+) -> Option<u16> {
+    let mtu = mtu?;
+    if !(576..=9000).contains(&mtu) {
+        p.add(at("mtu"), format!("{mtu} is out of range; 576 to 9000 is possible"));
+    }
+    u16::try_from(mtu).ok().filter(|mtu| *mtu != 1500)
+}
+
 pub(crate) fn resolve_guard(p: &mut Problems, at: &str, draft: GuardDraft) -> Guard {
     let GuardDraft { allow, addresses, blocked_ports } = draft;
     let each = |name: &str, i: usize| format!("{at}.{name}[{i}]");

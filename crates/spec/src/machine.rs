@@ -137,6 +137,8 @@ pub struct Nic {
     /// Present where the address is not of the network's own plan.
     pub subnet: Option<Subnet>,
     pub segment: Option<Segment>,
+    /// Bytes, where not 1500.
+    pub mtu: Option<u16>,
     pub lease: Lease,
     pub guard: Option<Box<Guard>>,
     /// What the guest may receive.
@@ -519,6 +521,7 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         address,
         subnet,
         segment,
+        mtu,
         lease,
         guard,
         rx_limit,
@@ -541,6 +544,7 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         gateway: subnet.and_then(|s| s.gateway).map(|g| g.to_string()),
         segment: segment.map(|s| u32::from(s.number)),
         gateway6: segment.and_then(|s| s.gateway6).map(|(ip, prefix)| format!("{ip}/{prefix}")),
+        mtu: mtu.map(u32::from),
         lease: Some(lease.to_string()),
         guard: guard.as_deref().map(Guard::to_draft),
         rx_limit: limit(rx_limit),

@@ -348,6 +348,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
         gateway,
         segment,
         gateway6,
+        mtu,
         lease,
         guard,
         rx_limit,
@@ -360,6 +361,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
     let subnet = extras::resolve_subnet(p, &at, address, prefix, gateway);
     let segment = extras::resolve_segment(p, &at, subnet, segment, gateway6);
+    let mtu = extras::resolve_mtu(p, &at, mtu);
     let lease = parse(p, &at("lease"), lease).unwrap_or(extras::Lease::Full);
     let guard = guard.map(|g| Box::new(extras::resolve_guard(p, &at("guard"), g)));
     let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
@@ -373,6 +375,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
         address,
         subnet,
         segment,
+        mtu,
         lease,
         guard,
         rx_limit,

@@ -314,6 +314,7 @@ fn nic_draft(nic: &Object, brand: Brand, world: &World) -> Result<NicDraft, Stri
         prefix: address.and_then(|_| prefix_of(text(nic, "netmask")?)),
         gateway: address.and_then(|_| text(nic, "gateway").map(str::to_owned)),
         address: address.map(|address| address.to_string()),
+        mtu: number(nic, "mtu").map(|mtu| mtu as u32),
         lease: Some(lease.into()),
         guard: Some(guard(nic)),
         ..NicDraft::default()

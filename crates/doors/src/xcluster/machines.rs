@@ -41,7 +41,7 @@ pub fn id_of(cluster: &NetName, name: &str) -> Option<u8> {
 
 pub fn draft(cluster: &Cluster, vm: &Vm) -> Draft {
     let Cluster { name: own, kernel, image, cdrom, board, ipv6_prefix, ports } = cluster;
-    let Vm { id, nets, memory, cpus, append } = vm;
+    let Vm { id, nets, mtu, memory, cpus, append } = vm;
     let append = append.iter().map(String::as_str);
     let cmdline: Vec<&str> = CMDLINE.into_iter().chain(append).collect();
     let boot = match kernel {
@@ -70,6 +70,7 @@ pub fn draft(cluster: &Cluster, vm: &Vm) -> Draft {
         prefix: Some(24),
         gateway: Some(address(*net, HOST).to_string()),
         gateway6: Some(format!("{ipv6_prefix}:{}/120", address(*net, HOST))),
+        mtu: Some(*mtu),
         lease: Some("none".into()),
         ..NicDraft::default()
     };
@@ -121,7 +122,7 @@ mod tests {
             ports: Some((12000, 12300)),
         };
         let append = vec!["foo=1".to_owned()];
-        let vm = Vm { id: 201, nets: vec![0, 1, 2], memory: 128, cpus: 2, append };
+        let vm = Vm { id: 201, nets: vec![0, 1, 2], mtu: 9000, memory: 128, cpus: 2, append };
         let id = MachineId(uuid::Uuid::nil());
         let machine = resolve(draft(&cluster, &vm), Defaults { id }).unwrap();
         assert_eq!((machine.name.as_str(), machine.hostname.as_str()), ("xc-vm-201", "vm-201"));

@@ -21,6 +21,8 @@ pub struct Vm {
     pub id: u8,
     /// In the order of its interfaces.
     pub nets: Vec<u8>,
+    /// Of all its interfaces.
+    pub mtu: u32,
     /// MiB.
     pub memory: u64,
     pub cpus: u32,
@@ -95,8 +97,8 @@ pub fn vm(settings: &Settings, id: u8, words: &[String]) -> Result<Vm, String> {
     let nets: Vec<u8> = nets.collect::<Result<_, String>>()?;
     let mut append = Vec::new();
     let mtu = settings.number("__mtu", 1500)?;
-    if !(576..=1500).contains(&mtu) {
-        return Err(format!("--mtu: {mtu} is out of range; 576 to 1500 is possible"));
+    if !(576..=9000).contains(&mtu) {
+        return Err(format!("--mtu: {mtu} is out of range; 576 to 9000 is possible"));
     }
     if mtu != 1500 {
         append.extend(nets.iter().map(|net| format!("mtu{net}={mtu}")));
@@ -106,7 +108,7 @@ pub fn vm(settings: &Settings, id: u8, words: &[String]) -> Result<Vm, String> {
         append.push(more.to_owned());
     }
     let cpus = number("smp", 2)? as u32;
-    Ok(Vm { id, nets, memory: number("mem", 128)?, cpus, append })
+    Ok(Vm { id, nets, mtu: mtu as u32, memory: number("mem", 128)?, cpus, append })
 }
 
 #[cfg(test)]
@@ -159,6 +161,7 @@ mod tests {
         let own = settings(&[("__mtu", "1400")]);
         let vm = vm(&own, 1, &["extra".to_owned()]).unwrap();
         assert_eq!(vm.append, ["mtu0=1400", "mtu1=1400", "extra"]);
-        assert!(super::vm(&settings(&[("__mtu", "9000")]), 1, &[]).is_err());
+        assert_eq!(vm.mtu, 1400);
+        assert!(super::vm(&settings(&[("__mtu", "9001")]), 1, &[]).is_err());
     }
 }

@@ -20,6 +20,8 @@ pub(super) struct Place {
     pub(super) address: Ipv4Addr,
     /// Prefix and router, where the address is not of the network's own plan.
     pub(super) subnet: Option<(u8, Option<Ipv4Addr>)>,
+    /// Bytes, where not 1500.
+    pub(super) mtu: Option<u16>,
     pub(super) lease: Lease,
     pub(super) hostname: String,
     /// Name servers of its own choice; the network's where there are none.
@@ -149,6 +151,9 @@ fn tell(options: &mut Options, plan: &NetPlan, place: &Place, inform: bool) {
     if place.subnet.is_none() {
         options.add(15, b"lodge");
     }
+    if let Some(mtu) = place.mtu {
+        options.add(26, &mtu.to_be_bytes());
+    }
 }
 
 #[cfg(test)]
@@ -163,6 +168,7 @@ mod tests {
         let place = Place {
             address,
             subnet: None,
+            mtu: None,
             lease: Lease::Full,
             hostname: "web".into(),
             resolvers: Vec::new(),
@@ -202,6 +208,7 @@ mod tests {
         let mut place = Place {
             address: "10.88.88.51".parse().unwrap(),
             subnet: Some((24, Some("10.88.88.1".parse().unwrap()))),
+            mtu: None,
             lease: Lease::Full,
             hostname: "b8ab5fc1-8576-45ef-bb51-9826b52a4651".into(),
             resolvers: addresses(&["208.67.222.222", "208.67.220.220"]),
@@ -238,6 +245,9 @@ mod tests {
         place.lease = Lease::Address;
         let offer = answer(&plan, |_| Some(place.clone()), &packet).unwrap();
         assert_eq!(codes(&offer.packet), [53, 54, 1, 51]);
+        place.mtu = Some(9000);
+        let offer = answer(&plan, |_| Some(place.clone()), &packet).unwrap();
+        assert_eq!(codes(&offer.packet), [53, 54, 1, 51, 26]);
         place.lease = Lease::None;
         assert!(answer(&plan, |_| Some(place.clone()), &packet).is_none());
     }

@@ -220,10 +220,10 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 
 /// A machine's interface, for as long as its warden holds the connection.
 async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
-    let Tap { interface, mac, address, subnet, segment, lease, opened_by, .. } = tap.clone();
+    let Tap { interface, mac, address, subnet, segment, mtu, lease, opened_by, .. } = tap.clone();
     let interface = interface.as_str();
     let (hostname, resolvers) = (tap.hostname.clone(), tap.resolvers.clone());
-    let place = Place { address, subnet, lease, hostname, resolvers };
+    let place = Place { address, subnet, mtu, lease, hostname, resolvers };
     let refuse = async |why: String| {
         let _ = fdpass::send(&stream, &Notice::Refused { why }, None).await;
     };
@@ -244,8 +244,8 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
         }
     }
     let made = match opened_by {
-        None => tap::make(interface, &bridge),
-        Some(user) => tap::make_for(interface, &bridge, user)
+        None => tap::make(interface, &bridge, mtu),
+        Some(user) => tap::make_for(interface, &bridge, mtu, user)
             .and_then(|()| std::fs::File::open("/proc/self/ns/net").map(OwnedFd::from)),
     };
     let fd = match made {

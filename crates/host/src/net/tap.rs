@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use lodge_spec::state::Traffic;
 
 const SIOCSIFFLAGS: libc::c_ulong = 0x8914;
+const SIOCSIFMTU: libc::c_ulong = 0x8922;
 const SIOCGIFINDEX: libc::c_ulong = 0x8933;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -57,8 +58,8 @@ pub(crate) fn traffic(table: &str, name: &str) -> Traffic {
 }
 
 /// A new tap that a user may open by its name. It stays until `remove`.
-pub(crate) fn make_for(name: &str, bridge: &str, user: u32) -> io::Result<()> {
-    let tap = make(name, bridge)?;
+pub(crate) fn make_for(name: &str, bridge: &str, mtu: Option<u16>, user: u32) -> io::Result<()> {
+    let tap = make(name, bridge, mtu)?;
     let value = |n: u32| n as usize as *mut libc::c_void;
     ioctl(tap.as_raw_fd(), TUNSETOWNER, value(user))?;
     ioctl(tap.as_raw_fd(), TUNSETPERSIST, value(1))
@@ -79,13 +80,18 @@ fn open(name: &str) -> io::Result<File> {
 }
 
 /// A new tap on a bridge. It goes when the last copy of the descriptor closes.
-pub(crate) fn make(name: &str, bridge: &str) -> io::Result<OwnedFd> {
+pub(crate) fn make(name: &str, bridge: &str, mtu: Option<u16>) -> io::Result<OwnedFd> {
     let tun = open(name)?;
     let mut header = VNET_HEADER;
     ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, (&raw mut header).cast())?;
     // Any socket serves to talk to the interfaces of this namespace.
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     let socket = socket.as_raw_fd();
+    if let Some(mtu) = mtu {
+        let mut size = request(name)?;
+        size.ifr_ifru.ifru_mtu = i32::from(mtu);
+        ioctl(socket, SIOCSIFMTU, (&raw mut size).cast())?;
+    }
     let mut index = request(name)?;
     ioctl(socket, SIOCGIFINDEX, (&raw mut index).cast())?;
     // SAFETY: the call above has just filled this member.

@@ -312,3 +312,40 @@ impl Looks for Xc {
         text.matches("Xcluster starting...").count()
     }
 }
+
+/// Packets as large as the nets carry, seen by a capture that is fetched.
+#[test]
+fn large_packets_cross_a_net_and_are_captured() {
+    let mut xc = Xc::with_image();
+    for (name, value) in [("__mtu", "9000"), ("__nvm", "2"), ("__nrouters", "0")] {
+        xc.set(name, value);
+    }
+    xc.ok(&["mkcdrom", "env", "xnet"]);
+    xc.ok(&["start"]);
+    assert_eq!(xc.rsh(1, "cat /sys/class/net/eth0/mtu /sys/class/net/eth1/mtu"), "9000\n9000\n");
+    let capture = std::path::Path::new("/tmp/vm-001-eth1.pcap");
+    let _ = fs::remove_file(capture);
+    xc.ok(&["tcpdump", "--start", "1", "eth1", "icmp"]);
+    xc.lab.until("the capture", || {
+        let ping = xc.says(&["rsh", "2", "ping -c1 -W5 -s 8900 192.168.1.1"]);
+        ping.code == 0 && xc.says(&["rsh", "1", "test -s /tmp/vm-001-eth1.pcap"]).code == 0
+    });
+    // In one piece: nothing of it was cut up on the way.
+    xc.rsh(2, "ping -c1 -W5 -s 8900 192.168.1.1");
+    xc.ok(&["tcpdump", "--get", "1", "eth1"]);
+    let bytes = fs::read(capture).unwrap();
+    fs::remove_file(capture).unwrap();
+    assert_eq!(bytes[..4], 0xa1b2_c3d4_u32.to_le_bytes());
+    let mut records = Vec::new();
+    let mut rest = &bytes[24..];
+    while let [_, _, _, _, _, _, _, _, a, b, c, d, tail @ ..] = rest {
+        let length = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
+        records.push(length);
+        rest = &tail[4 + length..];
+    }
+    // Ethernet, IP and ICMP before what was sent.
+    assert!(records.contains(&(14 + 20 + 8 + 8900)), "{records:?}");
+    let missing = xc.fails(&["tcpdump", "--get", "1", "eth7"]);
+    assert!(missing.contains("/tmp/vm-001-eth7.pcap could not be fetched"), "{missing}");
+    xc.ok(&["stop"]);
+}

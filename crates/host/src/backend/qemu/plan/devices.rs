@@ -245,7 +245,9 @@ pub(crate) fn nic_device(nic: &Nic, virtio: &str) -> String {
         NicModel::E1000 => "e1000",
         NicModel::Rtl8139 => "rtl8139",
     };
-    format!("{model},id=nic-{0},netdev=n-{0},mac={1}", nic.name, nic.mac)
+    let mtu = nic.mtu.filter(|_| nic.model == NicModel::Virtio);
+    let mtu = mtu.map(|mtu| format!(",host_mtu={mtu}")).unwrap_or_default();
+    format!("{model},id=nic-{0},netdev=n-{0},mac={1}{mtu}", nic.name, nic.mac)
 }
 
 fn add_nic(args: &mut Arguments, index: usize, nic: &Nic, boots: &[BootDevice]) {
