@@ -17,7 +17,7 @@ use lodge_jail::cgroup::Limits;
 use lodge_spec::capability::Need;
 use lodge_spec::draft::GuardDraft;
 use lodge_spec::extras::{Guard, Lease};
-use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Port, Protocol, Segment};
+use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Peers, Port, Protocol, Segment};
 use lodge_spec::names::Mac;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -401,6 +401,9 @@ pub struct Forward {
     pub host: u16,
     pub guest: u16,
     pub protocol: Protocol,
+    /// Who may use it, as `Peers` is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -428,8 +431,13 @@ impl Cgroup {
 
 impl Forward {
     pub fn all(machine: &Machine) -> Vec<Self> {
-        let forward =
-            |p: &Port| Self { ip: p.ip, host: p.host, guest: p.guest, protocol: p.protocol };
+        let forward = |p: &Port| Self {
+            ip: p.ip,
+            host: p.host,
+            guest: p.guest,
+            protocol: p.protocol,
+            from: p.from.as_ref().map(Peers::to_string),
+        };
         machine.ports.iter().map(forward).collect()
     }
 }

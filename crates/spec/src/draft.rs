@@ -379,6 +379,10 @@ pub struct PortFields {
     /// `tcp` or `udp`. `tcp` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<String>,
+    /// Who may use it: an address, a network such as `10.0.0.0/8`, or the name of the host's
+    /// interface by which they come. Everybody when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -3,13 +3,13 @@
 //! `to_draft` renders, so that no format ever grows out of this type.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use crate::draft::{
     BootDraft, CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft,
-    MemoryFields, NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft,
-    RestartFields, Scalar, ShareDraft, Size,
+    MemoryFields, NicDraft, OriginDraft, RateLimitDraft, RestartDraft, RestartFields, Scalar,
+    ShareDraft, Size,
 };
 use crate::extras::{self, Bootstrap, Display, Guard, Lease, Mdata, Smbios};
 use crate::flist::Flist;
@@ -192,14 +192,6 @@ impl RateLimit {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Port {
-    pub ip: IpAddr,
-    pub host: u16,
-    pub guest: u16,
-    pub protocol: Protocol,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Share {
     pub source: PathBuf,
     pub tag: DeviceName,
@@ -293,6 +285,8 @@ words!(
 words!(DiskBus { Virtio = "virtio", Scsi = "scsi", Ide = "ide" });
 words!(Media { Disk = "disk", Cdrom = "cdrom" });
 words!(NicModel { Virtio = "virtio", E1000 = "e1000", Rtl8139 = "rtl8139" });
+pub use crate::ports::{Peers, Port};
+
 words!(Protocol { Tcp = "tcp", Udp = "udp" });
 words!(RestartPolicy { Never = "never", OnFailure = "on-failure", Always = "always" });
 words!(
@@ -311,17 +305,6 @@ words!(
     /// The virtual board.
     Board { Microvm = "microvm", Q35 = "q35", Pc = "pc" }
 );
-
-impl std::fmt::Display for Port {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Port { ip, host, guest, protocol } = self;
-        let ip = match ip {
-            IpAddr::V4(v4) => v4.to_string(),
-            IpAddr::V6(v6) => format!("[{v6}]"),
-        };
-        write!(f, "{ip}:{host}:{guest}/{protocol}")
-    }
-}
 
 impl std::fmt::Display for Readiness {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -410,7 +393,7 @@ impl Machine {
             boot,
             disks: Some(own_disks.iter().map(disk_to_draft).collect()),
             nics: Some(nics.iter().map(nic_to_draft).collect()),
-            ports: Some(ports.iter().map(port_to_draft).collect()),
+            ports: Some(ports.iter().map(Port::to_draft).collect()),
             shares: Some(shares.iter().map(share_to_draft).collect()),
             files: Some(files.iter().map(file_to_draft).collect()),
             ssh_keys: Some(ssh_keys.clone()),
@@ -550,16 +533,6 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
         rx_limit: limit(rx_limit),
         tx_limit: limit(tx_limit),
     }
-}
-
-fn port_to_draft(port: &Port) -> PortDraft {
-    let Port { ip, host, guest, protocol } = port;
-    PortDraft::Detailed(PortFields {
-        ip: Some(ip.to_string()),
-        host: Some(u32::from(*host)),
-        guest: Some(u32::from(*guest)),
-        protocol: Some(protocol.to_string()),
-    })
 }
 
 fn share_to_draft(share: &Share) -> ShareDraft {

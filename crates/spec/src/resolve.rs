@@ -12,15 +12,13 @@ use std::str::FromStr;
 use crate::clashes::check_clashes;
 use crate::draft::{
     CpusDraft, CpusFields, DiskDraft, Draft, FileDraft, LimitsDraft, MemoryDraft, MemoryFields,
-    NicDraft, OriginDraft, PortDraft, PortFields, RateLimitDraft, RestartDraft, RestartFields,
-    Scalar, ShareDraft, Size,
+    NicDraft, OriginDraft, RateLimitDraft, RestartDraft, RestartFields, Scalar, ShareDraft, Size,
 };
 use crate::extras;
 use crate::flist::Transport;
 use crate::machine::{
     BackendKind, Cpus, Disk, DiskBus, DiskSource, FileContent, GuestFile, Limits, Machine, Media,
-    Memory, Nic, NicModel, Origin, Port, Protocol, RateLimit, Readiness, Restart, RestartPolicy,
-    Share,
+    Memory, Nic, NicModel, Origin, Port, RateLimit, Readiness, Restart, RestartPolicy, Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
 use crate::problem::Problems;
@@ -109,8 +107,11 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
     let nics: Vec<Nic> =
         nics.into_iter().enumerate().filter_map(|(i, n)| resolve_nic(&mut p, id, i, n)).collect();
     let ports = ports.unwrap_or_default();
-    let ports: Vec<Port> =
-        ports.into_iter().enumerate().filter_map(|(i, d)| resolve_port(&mut p, i, d)).collect();
+    let ports: Vec<Port> = ports
+        .into_iter()
+        .enumerate()
+        .filter_map(|(i, d)| crate::ports::resolve(&mut p, i, d))
+        .collect();
     let shares = shares.unwrap_or_default();
     let shares: Vec<Share> =
         shares.into_iter().enumerate().filter_map(|(i, s)| resolve_share(&mut p, i, s)).collect();
@@ -399,51 +400,6 @@ fn resolve_rate(p: &mut Problems, at: &str, draft: RateLimitDraft) -> Option<Rat
         p.add(at, "nothing would ever pass; make the bandwidth or the refill time larger");
     }
     Some(limit)
-}
-
-/// `[IP:]HOST:GUEST[/udp]`; an IPv6 address stands in brackets.
-fn parse_port(text: &str) -> Option<PortFields> {
-    let (rest, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let (rest, guest) = rest.rsplit_once(':')?;
-    let (ip, host) = match rest.rsplit_once(':') {
-        Some((ip, host)) => (Some(ip.trim_start_matches('[').trim_end_matches(']')), host),
-        None => (None, rest),
-    };
-    Some(PortFields {
-        ip: ip.map(str::to_owned),
-        host: Some(host.parse().ok()?),
-        guest: Some(guest.parse().ok()?),
-        protocol: Some(protocol.to_owned()),
-    })
-}
-
-fn resolve_port(p: &mut Problems, i: usize, draft: PortDraft) -> Option<Port> {
-    let here = format!("ports[{i}]");
-    let PortFields { ip, host, guest, protocol } = match draft {
-        PortDraft::Detailed(fields) => fields,
-        PortDraft::Text(text) => match parse_port(&text) {
-            Some(fields) => fields,
-            None => {
-                p.add(here, format!("{text:?} is not [IP:]HOST:GUEST[/udp]"));
-                return None;
-            }
-        },
-    };
-    let mut number = |field: &str, value: Option<u32>| match value {
-        Some(n @ 1..=65535) => Some(n as u16),
-        Some(n) => {
-            p.add(format!("{here}.{field}"), format!("{n} is not a port; 1 to 65535 is possible"));
-            None
-        }
-        None => {
-            p.add(&here, format!("`{field}` is missing"));
-            None
-        }
-    };
-    let (host, guest) = (number("host", host), number("guest", guest));
-    let ip = parse(p, &format!("{here}.ip"), Some(ip.unwrap_or_else(|| "127.0.0.1".into())))?;
-    let protocol = parse(p, &format!("{here}.protocol"), protocol).unwrap_or(Protocol::Tcp);
-    Some(Port { ip, host: host?, guest: guest?, protocol })
 }
 
 fn resolve_share(p: &mut Problems, i: usize, draft: ShareDraft) -> Option<Share> {

@@ -111,20 +111,15 @@ pub(super) fn draft(
     }
 }
 
-/// A forwarded port. Those who may use it cannot be narrowed down here.
+/// A forwarded port: `P`, `IP:P`, `NETWORK:P` or `INTERFACE:P`.
 pub(super) fn port(host: &str, guest: u32) -> Result<PortDraft, Failure> {
     let number = |text: &str| -> Result<u32, Failure> {
         let valid = text.parse::<u16>().ok().filter(|port| *port > 0);
         valid.map(u32::from).ok_or_else(|| Failure::new("invalid port number"))
     };
-    let port = match host.rsplit_once(':') {
-        None | Some(("0.0.0.0", _)) => number(host.rsplit(':').next().unwrap_or(host))?,
-        Some((whom, port)) => {
-            number(port)?;
-            return fail(format!(
-                "a port that is forwarded for {whom} alone is not supported; give the number alone"
-            ));
-        }
+    let (from, port) = match host.rsplit_once(':') {
+        None | Some(("0.0.0.0", _)) => (None, number(host.rsplit(':').next().unwrap_or(host))?),
+        Some((whom, port)) => (Some(whom.to_owned()), number(port)?),
     };
     if guest == 0 || guest > u32::from(u16::MAX) {
         return fail("invalid port number");
@@ -133,6 +128,7 @@ pub(super) fn port(host: &str, guest: u32) -> Result<PortDraft, Failure> {
         ip: Some("0.0.0.0".into()),
         host: Some(port),
         guest: Some(guest),
+        from,
         ..PortFields::default()
     }))
 }
@@ -184,6 +180,7 @@ mod tests {
         for (host, guest) in [("80abc", 80), ("0", 80), ("65536", 80), ("80", 0), ("80", 65_536)] {
             assert_eq!(port(host, guest).unwrap_err().message, "invalid port number");
         }
-        assert!(port("10.0.0.0/24:80", 80).unwrap_err().message.contains("10.0.0.0/24 alone"));
+        let PortDraft::Detailed(fields) = port("10.0.0.0/24:80", 80).unwrap() else { panic!() };
+        assert_eq!((fields.from.as_deref(), fields.host), (Some("10.0.0.0/24"), Some(80)));
     }
 }

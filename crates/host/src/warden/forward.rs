@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use lodge_spec::machine::Protocol;
+use lodge_spec::machine::{Peers, Protocol};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use super::start::Bound;
@@ -26,32 +26,35 @@ pub(super) struct Guest {
 }
 
 /// Serves one forwarded port for as long as the machine lives.
-pub(super) async fn serve(bound: Bound, guest: Guest) {
+pub(super) async fn serve(bound: Bound, guest: Guest, peers: Option<Peers>) {
     match bound {
         Bound::Tcp(listener) => {
             if listener.set_nonblocking(true).is_ok()
                 && let Ok(listener) = TcpListener::from_std(listener)
             {
-                tcp(listener, guest).await;
+                tcp(listener, guest, peers).await;
             }
         }
         Bound::Udp(socket) => {
             if socket.set_nonblocking(true).is_ok()
                 && let Ok(socket) = UdpSocket::from_std(socket)
             {
-                udp(Rc::new(socket), guest).await;
+                udp(Rc::new(socket), guest, peers).await;
             }
         }
     }
 }
 
-async fn tcp(listener: TcpListener, guest: Guest) {
+async fn tcp(listener: TcpListener, guest: Guest, peers: Option<Peers>) {
     loop {
-        let Ok((mut outside, _)) = listener.accept().await else {
+        let Ok((mut outside, peer)) = listener.accept().await else {
             // Out of descriptors, most likely; conversations that end give some back.
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
+        if !admitted(peers.as_ref(), peer) {
+            continue;
+        }
         let guest = guest.clone();
         tokio::task::spawn_local(async move {
             let Ok(mut inside) = dial(&guest).await else { return };
@@ -62,6 +65,10 @@ async fn tcp(listener: TcpListener, guest: Guest) {
     }
 }
 
+fn admitted(peers: Option<&Peers>, peer: SocketAddr) -> bool {
+    peers.is_none_or(|peers| peers.admit(peer.ip()))
+}
+
 /// A connection to the guest.
 pub(super) async fn dial(guest: &Guest) -> std::io::Result<TcpStream> {
     let fd = client::dial(&guest.network, guest.address, Protocol::Tcp).await?;
@@ -70,11 +77,14 @@ pub(super) async fn dial(guest: &Guest) -> std::io::Result<TcpStream> {
     TcpStream::from_std(stream)
 }
 
-async fn udp(outside: Rc<UdpSocket>, guest: Guest) {
+async fn udp(outside: Rc<UdpSocket>, guest: Guest, peers: Option<Peers>) {
     let mut conversations: HashMap<SocketAddr, Rc<UdpSocket>> = HashMap::new();
     let mut buffer = vec![0; 65_536];
     loop {
         let Ok((count, from)) = outside.recv_from(&mut buffer).await else { continue };
+        if !admitted(peers.as_ref(), from) {
+            continue;
+        }
         conversations.retain(|_, inside| Rc::strong_count(inside) > 1);
         if !conversations.contains_key(&from) && conversations.len() < MAX_UDP {
             let Ok(fd) = client::dial(&guest.network, guest.address, Protocol::Udp).await else {

@@ -164,7 +164,8 @@ fn forward_ports(shared: &Rc<Shared>, listeners: Vec<(Forward, Bound)>) {
     for (port, bound) in listeners {
         let guest =
             Guest { network: tap.network.clone(), address: (tap.address, port.guest).into() };
-        let task = tokio::task::spawn_local(forward::serve(bound, guest));
+        let peers = port.from.as_deref().and_then(|from| from.parse().ok());
+        let task = tokio::task::spawn_local(forward::serve(bound, guest, peers));
         shared.forwards.borrow_mut().push((port, task));
     }
 }

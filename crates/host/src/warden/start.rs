@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use lodge_jail::cgroup;
-use lodge_spec::machine::Protocol;
+use lodge_spec::machine::{Peers, Protocol};
 
 use super::{message, root, screen};
 use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
@@ -166,9 +166,14 @@ pub(super) fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, Str
     let mut list = Vec::new();
     for port in ports {
         let address = SocketAddr::new(port.ip, port.host);
-        let bound = match port.protocol {
-            Protocol::Tcp => TcpListener::bind(address).map(Bound::Tcp),
-            Protocol::Udp => UdpSocket::bind(address).map(Bound::Udp),
+        let by = match port.from.as_deref().map(str::parse).transpose()? {
+            Some(Peers::Interface(name)) => Some(name),
+            Some(Peers::Net(..)) | None => None,
+        };
+        let bound = match (by, port.protocol) {
+            (None, Protocol::Tcp) => TcpListener::bind(address).map(Bound::Tcp),
+            (None, Protocol::Udp) => UdpSocket::bind(address).map(Bound::Udp),
+            (Some(name), protocol) => bind_to(address, protocol, &name),
         };
         let bound = bound.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => taken(address, port.protocol),
@@ -177,6 +182,45 @@ pub(super) fn bind_ports(ports: &[Forward]) -> Result<Vec<(Forward, Bound)>, Str
         list.push((port.clone(), bound));
     }
     Ok(list)
+}
+
+/// Takes a port on one interface of the host: nobody reaches it by another, from the first moment.
+fn bind_to(address: SocketAddr, protocol: Protocol, interface: &str) -> io::Result<Bound> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let kind = match protocol {
+        Protocol::Tcp => SocketType::STREAM,
+        Protocol::Udp => SocketType::DGRAM,
+    };
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    if protocol == Protocol::Tcp {
+        // As the standard library does.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    bind_to_interface(&socket, interface)?;
+    bind(&socket, &address)?;
+    Ok(match protocol {
+        Protocol::Tcp => {
+            listen(&socket, 128)?;
+            Bound::Tcp(socket.into())
+        }
+        Protocol::Udp => Bound::Udp(socket.into()),
+    })
+}
+
+fn bind_to_interface(socket: &OwnedFd, name: &str) -> io::Result<()> {
+    let length = name.len() as libc::socklen_t;
+    // SAFETY: the kernel reads as many bytes of the name as it is told there are.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_BINDTODEVICE,
+            name.as_ptr().cast(),
+            length,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 pub(super) fn listen(path: &Path) -> Result<UnixListener, String> {

@@ -250,3 +250,32 @@ fn what_cannot_come_back_is_not_suspended() {
     let stood = lab.ticks("r");
     lab.until("ticks", || lab.ticks("r") > stood);
 }
+
+/// A port may be for some alone: told by where they come from, or by which interface.
+#[test]
+fn ports_may_be_for_some_alone() {
+    let lab = Lab::new();
+    let free = || UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (near, far, lo) = (free(), free(), free());
+    let port = |host: u16, from: &str| {
+        format!("{{host: {host}, guest: 7, protocol: udp, ip: 0.0.0.0, from: {from}}}")
+    };
+    let ports = [port(near, "127.0.0.0/8"), port(far, "10.99.0.0/16"), port(lo, "lo")].join(", ");
+    let more = format!("nics: [{{}}]\nports: [{ports}]\n");
+    lab.ok(&["create", &document(&lab, "p", "microvm", "tcg", &more)]);
+    lab.ok(&["start", "p", "--wait", "ready", "--timeout", "60"]);
+    echo(near);
+    echo(lo);
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    socket.send_to(b"let me in", ("127.0.0.1", far)).unwrap();
+    assert!(socket.recv(&mut [0; 64]).is_err(), "the port was for others");
+    lab.ok(&["rm", "p", "--force"]);
+    let more = format!("nics: [{{}}]\nports: [{}]\n", port(near, "nosuch0"));
+    lab.ok(&["create", &document(&lab, "q", "microvm", "tcg", &more)]);
+    let said = lab.fails(&["start", "q"]);
+    assert!(said.contains(&format!("{near}/udp")) && said.contains("No such device"), "{said}");
+    let more = format!("nics: [{{}}]\nports: [{}]\n", port(near, "10.0.0.0/99"));
+    let said = lab.fails(&["create", &document(&lab, "r", "microvm", "tcg", &more)]);
+    assert!(said.contains("ports[0].from") && said.contains("10.0.0.0/8"), "{said}");
+}
