@@ -1,6 +1,7 @@
 //! Images: names for content. Blobs are stored by their SHA-256; a manifest says how they boot.
 
 pub mod build;
+pub mod convert;
 mod debian;
 pub mod grub;
 pub mod kernel;

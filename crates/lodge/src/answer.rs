@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lodge_doors::control::Control;
-use lodge_host::image::Manifest;
+use lodge_host::backend::DiskFormat;
+use lodge_host::image::{Manifest, convert};
 use lodge_host::linux::Linux;
 use lodge_host::net::uplink;
 use lodge_host::warden::console;
@@ -105,6 +106,16 @@ impl Answer {
                 let host = self.keeper.host();
                 let value = host.snapshot(&record.machine, record.life.state, &name, verb).await;
                 Ok(Reply::Document { value: value.map_err(Refusal::failed)? })
+            }
+            Request::MakeDisk { path, format, bytes } => {
+                let format = disk_format(&format)?;
+                let work = move || convert::make(&path, format, bytes);
+                let made = tokio::task::spawn_blocking(work).await.map_err(Refusal::failed)?;
+                made.map_err(Refusal::failed).map(|()| Reply::Done)
+            }
+            Request::ConvertDisk { from, to, format } => {
+                let done = convert::convert(&from, &to, disk_format(&format)?).await;
+                done.map_err(Refusal::failed).map(|()| Reply::Done)
             }
             Request::DiskFiles { target } => {
                 let value = self.keeper.host().disk_files(&self.record(&target)?.machine);
@@ -420,4 +431,12 @@ fn with_uuid(manifest: &Manifest) -> Value {
     let mut value = json!(manifest);
     value["uuid"] = json!(manifest.uuid());
     value
+}
+
+fn disk_format(name: &str) -> Result<DiskFormat, Refusal> {
+    let unknown = || Refusal::invalid("format", format!("Unknown file format '{name}'"));
+    [DiskFormat::Raw, DiskFormat::Qcow2]
+        .into_iter()
+        .find(|format| format.as_str() == name)
+        .ok_or_else(unknown)
 }

@@ -3,6 +3,7 @@
 //! a line, which is why this file, besides `draft`, knows serde.
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -96,6 +97,18 @@ pub enum Request {
     /// The files of a machine's own disks: `name`, `path`, `owner`, and `bytes` where there are any.
     DiskFiles {
         target: Target,
+    },
+    /// Makes an empty disk of the format `raw` or `qcow2` where there is no file yet.
+    MakeDisk {
+        path: PathBuf,
+        format: String,
+        bytes: u64,
+    },
+    /// Writes what a disk holds into a new file, in another format.
+    ConvertDisk {
+        from: PathBuf,
+        to: PathBuf,
+        format: String,
     },
     /// Sends a signal to the hypervisor.
     Signal {

@@ -1,5 +1,6 @@
 //! The commands, each a question or two to `Control`.
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -46,6 +47,34 @@ fn text(arguments: &Value, key: &str) -> String {
     arguments[key].as_str().unwrap_or("").to_owned()
 }
 
+/// A file of this host by its whole path.
+fn file(arguments: &Value, key: &str) -> Result<PathBuf, Failure> {
+    let path = PathBuf::from(text(arguments, key));
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(Failure::new(format!("{key}: give the whole path of a file of this host"))),
+    }
+}
+
+/// Bytes as that system's tools take them: a number, or one with K, M, G, T or P behind it.
+fn bytes(text: &str) -> Option<u64> {
+    let (number, letter) = match text.char_indices().last()? {
+        (at, letter) if letter.is_ascii_alphabetic() => (&text[..at], letter),
+        _ => (text, 'b'),
+    };
+    let shift = match letter.to_ascii_lowercase() {
+        'b' => 0,
+        'k' => 10,
+        'm' => 20,
+        'g' => 30,
+        't' => 40,
+        'p' => 50,
+        _ => return None,
+    };
+    let number: u64 = number.parse().ok()?;
+    number.checked_mul(1 << shift).filter(|bytes| *bytes > 0)
+}
+
 impl<C: Control> Door<C> {
     pub(super) async fn command(
         &self,
@@ -86,9 +115,8 @@ impl<C: Control> Door<C> {
                 Err(Failure::new("machines are not moved between hosts"))
             }
             "kvm.limit_disk_io" => self.limit_disk_io(arguments).await,
-            "kvm.create-image" | "kvm.convert-image" => {
-                Err(Failure::new("disks are not made over this door; `lodge image` does"))
-            }
+            "kvm.create-image" => self.create_image(arguments).await,
+            "kvm.convert-image" => self.convert_image(arguments).await,
             _ => return None,
         })
     }
@@ -134,10 +162,7 @@ impl<C: Control> Door<C> {
 
     async fn verb(&self, arguments: &Value, request: impl FnOnce(String) -> Request) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
-        match self.ask(request(machine.uuid)).await {
-            Ok(_) => Ok(Value::Null),
-            Err(refusal) => Err(failure(&refusal)),
-        }
+        self.done(request(machine.uuid)).await
     }
 
     /// Asks the guest, and does not wait for what it makes of that.
@@ -353,6 +378,28 @@ impl<C: Control> Door<C> {
         self.remember(&machine, |kept| kept.nics.push(nic)).await
     }
 
+    async fn create_image(&self, arguments: &Value) -> Done {
+        let (size, format) = (text(arguments, "size"), text(arguments, "format"));
+        let bytes = bytes(&size).ok_or_else(|| {
+            Failure::new(format!("Invalid image size specified: {size:?}; 10G or 512M is one"))
+        })?;
+        let path = file(arguments, "file_name")?;
+        self.done(Request::MakeDisk { path, format, bytes }).await
+    }
+
+    async fn convert_image(&self, arguments: &Value) -> Done {
+        let (from, to) = (file(arguments, "input_file")?, file(arguments, "output_file")?);
+        let format = text(arguments, "output_format");
+        self.done(Request::ConvertDisk { from, to, format }).await
+    }
+
+    async fn done(&self, request: Request) -> Done {
+        match self.ask(request).await {
+            Ok(_) => Ok(Value::Null),
+            Err(refusal) => Err(failure(&refusal)),
+        }
+    }
+
     async fn remove_nic(&self, arguments: &Value) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
         let nic = Self::nic_of(arguments)?;
@@ -423,4 +470,29 @@ fn own_state() -> Value {
     let mut pages = text.split_whitespace().filter_map(|n| n.parse::<u64>().ok());
     let (vms, rss) = (pages.next().unwrap_or(0), pages.next().unwrap_or(0));
     json!({"cpu": 0.0, "rss": rss * 4096, "vms": vms * 4096, "swap": 0})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_as_that_systems_tools_take_them() {
+        for (text, wanted) in [
+            ("10G", Some(10 << 30)),
+            ("512m", Some(512 << 20)),
+            ("4096", Some(4096)),
+            ("1b", Some(1)),
+            ("1T", Some(1 << 40)),
+            ("0", None),
+            ("", None),
+            ("G", None),
+            ("-1G", None),
+            ("1x", None),
+            ("99999999P", None),
+            ("1\u{e9}", None),
+        ] {
+            assert_eq!(bytes(text), wanted, "{text}");
+        }
+    }
 }

@@ -13,7 +13,8 @@ use lodge_spec::machine::Machine;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use super::prepare::{Found, Order, Put};
-use super::server::{Config, Said, Task, UID, WORD};
+pub use super::server::UID;
+use super::server::{Config, Said, Task, WORD};
 use crate::image::layer;
 use crate::paths::{self, Paths};
 use crate::proc::Tool;

@@ -231,7 +231,81 @@ fn ports_come_and_go(client: &mut Client, uuid: &str) -> [Value; 2] {
     assert!(TcpStream::connect(("127.0.0.1", second)).is_err());
     let (_, why) = client.error("kvm.portforward-remove", forward(second, 80));
     assert_eq!(why, format!("no port forwrard from host port: {second}"));
+    // For some alone: those who are meant, and those who are not.
+    let [near, far] =
+        [("127.0.0.0/8", free_port()), ("10.99.0.1", free_port())].map(|(whom, port)| {
+            let whole = format!("{whom}:{port}");
+            let asked = json!({"uuid": uuid, "host_port": whole, "container_port": 80});
+            client.value("kvm.portforward-add", asked.clone());
+            (port, asked)
+        });
+    assert!(served(near.0).ends_with("configured\n"));
+    let mut text = String::new();
+    let mut stream = TcpStream::connect(("127.0.0.1", far.0)).unwrap();
+    let _ = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
+    let _ = stream.read_to_string(&mut text);
+    assert_eq!(text, "");
+    for (_, asked) in [near, far] {
+        client.value("kvm.portforward-remove", asked);
+    }
+    let odd = json!({"uuid": uuid, "host_port": "1.2.3.4/50:80", "container_port": 80});
+    let (_, why) = client.error("kvm.portforward-add", odd);
+    assert!(why.contains("1.2.3.4/50"), "{why}");
     [client.value("kvm.info", by.clone()), client.value("kvm.infops", by)]
+}
+
+/// Disks are made and converted, and nothing that is there is lost.
+#[test]
+fn images_are_made_and_converted() {
+    let door = Door::new("");
+    let mut client = door.client();
+    let path = |name: &str| door.lab.home().join(name).to_str().unwrap().to_owned();
+    let info = |file: &str| -> Value {
+        let output = command("qemu-img").args(["info", "--output=json", file]).output().unwrap();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let make = |name: &str, format: &str, size: &str| json!({"file_name": path(name), "format": format, "size": size});
+    assert_eq!(client.value("kvm.create-image", make("a.qcow2", "qcow2", "3G")), Value::Null);
+    let made = info(&path("a.qcow2"));
+    assert_eq!((&made["format"], &made["virtual-size"]), (&json!("qcow2"), &json!(3_u64 << 30)));
+    assert_eq!(client.value("kvm.create-image", make("a.raw", "raw", "5M")), Value::Null);
+    assert_eq!(std::fs::metadata(path("a.raw")).unwrap().len(), 5 << 20);
+    for (arguments, words) in [
+        (make("a.raw", "raw", "5M"), "exists"),
+        (make("b", "vmdk", "5M"), "Unknown file format 'vmdk'"),
+        (make("b", "raw", "much"), "Invalid image size"),
+        (make("b", "raw", "0"), "Invalid image size"),
+        (make("no/such/folder", "raw", "1M"), "No such file"),
+        (json!({"file_name": "b", "format": "raw", "size": "1M"}), "whole path"),
+    ] {
+        let (_, why) = client.error("kvm.create-image", arguments);
+        assert!(why.contains(words), "{why}");
+    }
+    // There and back: the bytes are the same, holes included.
+    let bytes = [b"begin".to_vec(), vec![0; 3 << 20], b"end".to_vec(), vec![0; 509]].concat();
+    std::fs::write(path("first"), &bytes).unwrap();
+    let turn = |from: &str, to: &str, format: &str| json!({"input_file": path(from), "output_file": path(to), "output_format": format});
+    assert_eq!(client.value("kvm.convert-image", turn("first", "second", "qcow2")), Value::Null);
+    assert_eq!(info(&path("second"))["format"], "qcow2");
+    assert_eq!(client.value("kvm.convert-image", turn("second", "third", "raw")), Value::Null);
+    assert!(std::fs::read(path("third")).unwrap().starts_with(&bytes));
+    // A layer would be read with a file that somebody else has named.
+    let mut layered = command("qemu-img");
+    layered.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd"]);
+    assert!(layered.arg(path("layer")).status().unwrap().success());
+    for (arguments, words) in [
+        (turn("layer", "out", "raw"), "layer above another image"),
+        (turn("first", "second", "raw"), "exists"),
+        (turn("nosuch", "out", "raw"), "No such file"),
+        (turn("first", "out", "vdi"), "Unknown file format 'vdi'"),
+    ] {
+        let (_, why) = client.error("kvm.convert-image", arguments);
+        assert!(why.contains(words), "{why}");
+    }
+    let left = std::fs::read_dir(door.lab.home()).unwrap().flatten();
+    let left: Vec<_> =
+        left.filter(|e| e.file_name().to_string_lossy().contains(".part-")).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// Another daemon knows the machine all the same, and gives its number to nobody.
