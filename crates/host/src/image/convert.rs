@@ -13,6 +13,7 @@ use lodge_jail::worker::{self, WorkerPlan};
 use tempfile::NamedTempFile;
 
 use crate::backend::DiskFormat;
+use super::store::fill;
 use crate::flist::root::UID;
 use crate::paths;
 use crate::proc::Tool;
@@ -132,13 +133,7 @@ fn write(input: impl Read, size: u64, output: &File, format: &str) -> io::Result
 fn pieces(mut input: impl Read, mut output: impl Write + Seek) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
-        let mut count = 0;
-        while count < piece.len() {
-            match input.read(&mut piece[count..])? {
-                0 => break,
-                more => count += more,
-            }
-        }
+        let count = fill(&mut input, &mut piece)?;
         if count == 0 {
             return Ok(());
         }

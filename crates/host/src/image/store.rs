@@ -262,6 +262,18 @@ fn failed(path: &Path, error: io::Error) -> Refusal {
     Refusal::Failed { message: format!("{}: {error}", path.display()) }
 }
 
+/// Fills a buffer as far as the input goes, so that holes are found whatever pieces come in.
+pub(super) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut count = 0;
+    while count < buffer.len() {
+        match input.read(&mut buffer[count..])? {
+            0 => break,
+            more => count += more,
+        }
+    }
+    Ok(count)
+}
+
 /// Copies, holes kept, and shows every chunk to `see`. Returns how many bytes it has.
 pub(super) fn copy_sparse(
     mut input: impl Read,
@@ -271,14 +283,7 @@ pub(super) fn copy_sparse(
     let mut buffer = vec![0; 1 << 20];
     let mut bytes = 0u64;
     loop {
-        // Whole pieces, so that holes are found whatever pieces come in.
-        let mut count = 0;
-        while count < buffer.len() {
-            match input.read(&mut buffer[count..])? {
-                0 => break,
-                more => count += more,
-            }
-        }
+        let count = fill(&mut input, &mut buffer)?;
         if count == 0 {
             break;
         }
