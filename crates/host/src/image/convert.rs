@@ -12,8 +12,8 @@ use lodge_formats::sniff::{self, Kind};
 use lodge_jail::worker::{self, WorkerPlan};
 use tempfile::NamedTempFile;
 
-use crate::backend::DiskFormat;
 use super::store::fill;
+use crate::backend::DiskFormat;
 use crate::flist::root::UID;
 use crate::paths;
 use crate::proc::Tool;
