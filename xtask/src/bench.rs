@@ -40,8 +40,7 @@ pub(crate) fn bench() -> Result<()> {
     fs::create_dir_all(&home)?;
     let lodge = std::env::current_dir()?.join("target/release/lodge");
     let bench = Bench { cache, lodge, home: home.clone(), kernel, initrd };
-    let mut rows = Vec::new();
-    let measured = bench.measure(&mut rows);
+    let measured = bench.measure();
     // What a measurement that broke off has left.
     for machine in bench.json(&["ls", "--all"])?.as_array().into_iter().flatten() {
         bench.quiet(&["rm", "--force", machine["name"].as_str().unwrap_or_default()])?;
@@ -52,10 +51,6 @@ pub(crate) fn bench() -> Result<()> {
     }
     std::thread::sleep(Duration::from_millis(300));
     fs::remove_dir_all(&home)?;
-    say("");
-    for Row { figure, measured, target } in rows {
-        say(&format!("{figure:<62} {measured:>28}   {target}"));
-    }
     measured
 }
 
@@ -192,34 +187,40 @@ impl Bench {
         Ok((at(found) - at(&list[0])) / 1000.0)
     }
 
-    /// As far as it comes.
-    fn measure(&self, rows: &mut Vec<Row>) -> Result<()> {
+    /// Tells each figure when it is known.
+    fn measure(&self) -> Result<()> {
         self.quiet(&["doctor"])?;
-        let flist = || bench_flist::measure(&self.lodge, &self.home, &self.cache);
-        let family = || bench_family::measure(&self.lodge, &self.home);
-        let xcluster = || bench_xcluster::measure(&self.lodge, &self.home, &self.cache);
-        let only = match std::env::args().nth(2).as_deref() {
-            Some("flist") => Some(flist()?),
-            Some("family") => Some(family()?),
-            Some("xcluster") => Some(xcluster()?),
-            Some(_) | None => None,
+        let only = std::env::args().nth(2);
+        let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+        let tell = |rows: Vec<Row>| {
+            for Row { figure, measured, target } in rows {
+                say(&format!("{figure:<62} {measured:>28}   {target}"));
+            }
         };
-        if let Some(only) = only {
-            rows.extend(only);
-            return Ok(());
+        if wanted("start") {
+            tell(vec![self.added()?]);
+            tell(vec![self.boot()?]);
+            tell(vec![self.small()?]);
+            tell(vec![self.back()?]);
+            tell(self.many()?);
+            tell(vec![self.ten()?]);
+            tell(vec![self.adoption()?]);
         }
-        rows.push(self.added()?);
-        rows.push(self.boot()?);
-        rows.push(self.small()?);
-        rows.push(self.back()?);
-        rows.extend(self.many()?);
-        rows.push(self.ten()?);
-        rows.push(self.adoption()?);
-        rows.extend(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);
-        rows.extend(bench_vmadm::measure(&self.lodge, &self.home, &self.kernel, &self.initrd)?);
-        rows.extend(xcluster()?);
-        rows.extend(flist()?);
-        rows.extend(family()?);
+        if wanted("door") {
+            tell(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);
+        }
+        if wanted("vmadm") {
+            tell(bench_vmadm::measure(&self.lodge, &self.home, &self.kernel, &self.initrd)?);
+        }
+        if wanted("xcluster") {
+            tell(bench_xcluster::measure(&self.lodge, &self.home, &self.cache)?);
+        }
+        if wanted("flist") {
+            tell(bench_flist::measure(&self.lodge, &self.home, &self.cache)?);
+        }
+        if wanted("family") {
+            tell(bench_family::measure(&self.lodge, &self.home)?);
+        }
         Ok(())
     }
 
