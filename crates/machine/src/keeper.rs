@@ -28,7 +28,7 @@ const TAKE_UP: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 struct Handle {
-    inbox: mpsc::UnboundedSender<Message>,
+    inbox: mpsc::UnboundedSender<Box<Message>>,
     published: watch::Receiver<Published>,
 }
 
@@ -102,12 +102,9 @@ impl<H: Host> Keeper<H> {
                     if start {
                         let (answer, _) = oneshot::channel();
                         let stop_timeout = STOP_TIMEOUT;
-                        let _ = handle.inbox.send(Message::Ask {
-                            verb: Verb::Start,
-                            this_time: None,
-                            stop_timeout,
-                            answer,
-                        });
+                        let (verb, this_time) = (Verb::Start, None);
+                        let ask = Message::Ask { verb, this_time, stop_timeout, answer };
+                        let _ = handle.inbox.send(Box::new(ask));
                     }
                 }
                 Err(reason) => {
@@ -364,10 +361,8 @@ impl<H: Host> Keeper<H> {
         let (answer, answered) = oneshot::channel();
         let stop_timeout = stop_timeout.unwrap_or(STOP_TIMEOUT);
         let closed = || Refusal::failed("the machine has just been removed");
-        handle
-            .inbox
-            .send(Message::Ask { verb, this_time, stop_timeout, answer })
-            .map_err(|_| closed())?;
+        let ask = Box::new(Message::Ask { verb, this_time, stop_timeout, answer });
+        handle.inbox.send(ask).map_err(|_| closed())?;
         answered.await.map_err(|_| closed())??;
         let published = handle.published.wait_for(|p| wait::settled(verb, p).is_some()).await;
         let published = published.map_err(|_| closed())?.clone();
@@ -436,7 +431,7 @@ impl<H: Host> Keeper<H> {
         let closed = |_| Refusal::failed("the machine has just been removed");
         let (change, machine) = (Box::new(change), Box::new(machine));
         let message = Message::Change { change, machine, answer };
-        handle.inbox.send(message).map_err(|_| closed(()))?;
+        handle.inbox.send(Box::new(message)).map_err(|_| closed(()))?;
         answered.await.map_err(|_| closed(()))??;
         Ok(summary(&handle.record()))
     }
@@ -458,7 +453,7 @@ impl<H: Host> Keeper<H> {
         let (answer, answered) = oneshot::channel();
         let closed = |_| Refusal::failed("the machine has just been removed");
         let message = Message::Redefine { machine, unchanged_since_us, answer };
-        handle.inbox.send(message).map_err(|_| closed(()))?;
+        handle.inbox.send(Box::new(message)).map_err(|_| closed(()))?;
         answered.await.map_err(|_| closed(()))??;
         Ok(summary(&handle.record()))
     }

@@ -64,8 +64,9 @@ pub(crate) struct Task<H> {
     pub(crate) record: Arc<Record>,
     pub(crate) publish: watch::Sender<Published>,
     pub(crate) events: broadcast::Sender<Event>,
-    pub(crate) inbox: mpsc::UnboundedReceiver<Message>,
-    pub(crate) own: mpsc::UnboundedSender<Message>,
+    /// Boxed: a channel keeps room for many, and most machines are never sent any.
+    pub(crate) inbox: mpsc::UnboundedReceiver<Box<Message>>,
+    pub(crate) own: mpsc::UnboundedSender<Box<Message>>,
     /// Only where a hypervisor may report.
     pub(crate) reports: Option<mpsc::UnboundedReceiver<Report>>,
     pub(crate) stop_timeout: Duration,
@@ -100,7 +101,7 @@ impl<H: Host> Task<H> {
         loop {
             // Boxed: a task that waits holds nothing of what it does when it is woken.
             let gone = tokio::select! {
-                Some(message) = self.inbox.recv() => Box::pin(self.handle(message)).await,
+                Some(message) = self.inbox.recv() => Box::pin(self.handle(*message)).await,
                 Some(report) = next(&mut self.reports) => match report {
                     Report::Seen(seen) => Box::pin(self.saw(seen)).await,
                     Report::Mark(mark) => {
@@ -274,7 +275,7 @@ impl<H: Host> Task<H> {
                 let (sink, resume) = (self.listen(), self.record.life.saved.is_some());
                 tokio::spawn(async move {
                     let result = host.launch(machine, resume, sink).await;
-                    let _ = own.send(Message::LaunchDone(Box::new(result)));
+                    let _ = own.send(Box::new(Message::LaunchDone(Box::new(result))));
                 });
                 return Ok(());
             }
@@ -282,7 +283,7 @@ impl<H: Host> Task<H> {
                 let (host, own, machine) = (self.host.clone(), self.own.clone(), self.machine());
                 tokio::spawn(async move {
                     let result = host.save(machine).await;
-                    let _ = own.send(Message::SaveDone(result));
+                    let _ = own.send(Box::new(Message::SaveDone(result)));
                 });
                 return Ok(());
             }
@@ -473,7 +474,7 @@ impl<H: Host> Task<H> {
         let (own, generation) = (self.own.clone(), self.timers);
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
-            let _ = own.send(Message::Timer(generation, Box::new(seen)));
+            let _ = own.send(Box::new(Message::Timer(generation, Box::new(seen))));
         });
     }
 }
