@@ -51,10 +51,10 @@ pub(crate) enum Message {
         unchanged_since_us: Option<i64>,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
-    LaunchDone(Box<Result<Running, String>>),
+    LaunchDone(Result<Running, String>),
     SaveDone(Result<(), String>),
     /// A timer of the given generation has run out.
-    Timer(u64, Box<Seen>),
+    Timer(u64, Seen),
 }
 
 pub(crate) struct Task<H> {
@@ -194,7 +194,7 @@ impl<H: Host> Task<H> {
                 let _ = answer.send(self.redefine(*machine, unchanged_since_us).await);
                 false
             }
-            Message::LaunchDone(done) => match *done {
+            Message::LaunchDone(done) => match done {
                 Ok(running) => {
                     let record = Arc::make_mut(&mut self.record);
                     if let Boot::Firmware { once, .. } = &mut record.machine.boot {
@@ -206,7 +206,7 @@ impl<H: Host> Task<H> {
                 }
                 Err(reason) => self.saw(Seen::LaunchFailed(reason)).await,
             },
-            Message::Timer(generation, seen) if generation == self.timers => self.saw(*seen).await,
+            Message::Timer(generation, seen) if generation == self.timers => self.saw(seen).await,
             Message::Timer(_, _) => false,
         }
     }
@@ -275,7 +275,7 @@ impl<H: Host> Task<H> {
                 let (sink, resume) = (self.listen(), self.record.life.saved.is_some());
                 tokio::spawn(async move {
                     let result = host.launch(machine, resume, sink).await;
-                    let _ = own.send(Box::new(Message::LaunchDone(Box::new(result))));
+                    let _ = own.send(Box::new(Message::LaunchDone(result)));
                 });
                 return Ok(());
             }
@@ -474,7 +474,7 @@ impl<H: Host> Task<H> {
         let (own, generation) = (self.own.clone(), self.timers);
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
-            let _ = own.send(Box::new(Message::Timer(generation, Box::new(seen))));
+            let _ = own.send(Box::new(Message::Timer(generation, seen)));
         });
     }
 }

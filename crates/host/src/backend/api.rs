@@ -60,9 +60,7 @@ impl Api {
 
     /// One call. The answer is null where there is none.
     pub async fn call(&self, verb: &str, path: &str, body: &Value) -> Result<Value, ApiError> {
-        let silent = || ApiError::Silent(format!("{verb} {path}"));
-        let asking = self.ask(verb, path, body, None);
-        tokio::time::timeout(PATIENCE, asking).await.map_err(|_| silent())?
+        self.ask_soon(verb, path, body, None).await
     }
 
     /// One call that takes as long as it takes: the hypervisor's end is its end too.
@@ -83,8 +81,19 @@ impl Api {
         body: &Value,
         fd: OwnedFd,
     ) -> Result<Value, ApiError> {
+        self.ask_soon(verb, path, body, Some(fd)).await
+    }
+
+    /// Waits no longer than a hypervisor that is not stuck would take.
+    async fn ask_soon(
+        &self,
+        verb: &str,
+        path: &str,
+        body: &Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, ApiError> {
         let silent = || ApiError::Silent(format!("{verb} {path}"));
-        let asking = self.ask(verb, path, body, Some(fd));
+        let asking = self.ask(verb, path, body, fd);
         tokio::time::timeout(PATIENCE, asking).await.map_err(|_| silent())?
     }
 
