@@ -37,7 +37,7 @@ pub(super) enum Consoles {
 impl Session {
     /// The cluster that these settings are about. Kernel and image are looked at before anything
     /// is made.
-    fn cluster(&self) -> Result<Cluster> {
+    async fn cluster(&self) -> Result<Cluster> {
         for name in WITHOUT_EFFECT.iter().filter(|name| self.settings.text(name).is_some()) {
             say(&format!("WARNING: {name} has no effect here"));
         }
@@ -68,6 +68,7 @@ impl Session {
             board: self.settings.text("__machine").map(str::to_owned),
             ipv6_prefix: self.settings.text("xcluster_PREFIX").unwrap_or("1000::1").to_owned(),
             ports: (!inside).then_some(ports),
+            emulated: self.emulated().await?,
         })
     }
 
@@ -114,7 +115,7 @@ impl Session {
     }
 
     pub(super) async fn start(&self, consoles: Consoles) -> Result<u8> {
-        let cluster = self.cluster()?;
+        let cluster = self.cluster().await?;
         let ids = told(nodes::all(&self.settings))?;
         let vms = ids.iter().map(|id| self.vm_of(*id, &[])).collect::<Result<Vec<_>>>()?;
         let mut client = self.client().await?;
@@ -124,7 +125,7 @@ impl Session {
     }
 
     pub(super) async fn scaleout(&self) -> Result<u8> {
-        let (cluster, ids) = (self.cluster()?, self.ids()?);
+        let (cluster, ids) = (self.cluster().await?, self.ids()?);
         let vms = ids.iter().map(|id| self.vm_of(*id, &[])).collect::<Result<Vec<_>>>()?;
         let mut client = self.client().await?;
         self.refuse_active(&mut client, &ids).await?;
@@ -132,7 +133,7 @@ impl Session {
     }
 
     pub(super) async fn one_more(&self, consoles: Consoles) -> Result<u8> {
-        let (cluster, ids) = (self.cluster()?, self.ids()?);
+        let (cluster, ids) = (self.cluster().await?, self.ids()?);
         let mut client = self.client().await?;
         self.refuse_active(&mut client, &ids[..1]).await?;
         self.bring_up(&cluster, &[self.vm_of(ids[0], &[])?], consoles).await
@@ -162,7 +163,7 @@ impl Session {
 
     /// Starts VMs, a few at a time, and waits until each answers. What does not is named.
     async fn bring_up(&self, cluster: &Cluster, vms: &[Vm], consoles: Consoles) -> Result<u8> {
-        let pace = self.pace().await?;
+        let pace = self.pace(cluster)?;
         let patience = told(self.settings.number("__timeout", PATIENCE))?;
         let mut waiting = vms.iter();
         let mut under_way = FuturesUnordered::new();
@@ -207,19 +208,24 @@ impl Session {
     }
 
     /// How many may boot at once: where guests are emulated, as many as there are cores.
-    async fn pace(&self) -> Result<usize> {
+    fn pace(&self, cluster: &Cluster) -> Result<usize> {
         let own = told(self.settings.number("__pace", 0))?;
-        if own > 0 {
-            return Ok(own as usize);
-        }
-        let mut client = self.client().await?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(match (own, cluster.emulated) {
+            (0, true) => cores,
+            (0, false) => 4 * cores,
+            (own, _) => own as usize,
+        })
+    }
+
+    /// Whether this host emulates what guests run.
+    async fn emulated(&self) -> Result<bool> {
+        let mut client = self.client().await?;
         let Reply::Document { value } = ask(&mut client, Request::Doctor).await? else {
-            return Ok(cores);
+            bail!("an unexpected reply");
         };
         let kvm = value.as_array().into_iter().flatten().find(|line| line["what"] == "KVM");
-        let hardware = kvm.is_some_and(|line| line["ok"] == true);
-        Ok(if hardware { 4 * cores } else { cores })
+        Ok(kvm.is_none_or(|line| line["ok"] != true))
     }
 
     async fn show_console(&self, cluster: &Cluster, id: u8, consoles: Consoles) -> Result<()> {
@@ -261,7 +267,7 @@ impl Session {
     /// One VM with its console on this terminal.
     pub(super) async fn boot_vm(&self) -> Result<u8> {
         let id = told(nodes::id(self.word(0, "the number of a VM")?))?;
-        let cluster = self.cluster()?;
+        let cluster = self.cluster().await?;
         let vm = self.vm_of(id, &self.line.words[1..])?;
         if cluster.kernel.is_none() && self.line.words.len() > 1 {
             bail!("an image that boots by itself has its kernel's words in it");
