@@ -4,7 +4,7 @@ RUN := qemu-system-x86 ovmf mmdebstrap iproute2 nftables openssh-client e2fsprog
 	grub-common grub-pc-bin grub-efi-amd64-bin
 TEST := $(RUN) busybox-static kmod util-linux slirp4netns uidmap python3 isolinux syslinux-common genisoimage \
 	curl openssl python3-venv nodejs npm protobuf-compiler qemu-utils dropbear-bin tmux bc bison flex \
-	libelf-dev patch xz-utils bzip2 redis-server nginx netcat-openbsd tcpdump
+	libelf-dev libncurses-dev bsdutils patch xz-utils bzip2 redis-server nginx netcat-openbsd tcpdump
 
 .PHONY: demo test check vm-test bench build install
 

@@ -38,7 +38,7 @@ fn kernels() -> PathBuf {
 }
 
 /// The variables under which a kernel that was built before is found.
-fn kernel_variables(command: &mut Command) {
+pub fn kernel_variables(command: &mut Command) {
     let dir = kernels();
     command.env("LODGE_HOME", dir.join("home")).env("XCLUSTER_WORKSPACE", dir.join("ws"));
     command.env("HOME", &dir);
