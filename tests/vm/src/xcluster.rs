@@ -148,6 +148,11 @@ impl Xc {
         self.variables.push((name.to_owned(), value.to_owned()));
     }
 
+    pub fn variable(&self, name: &str) -> &str {
+        let own = self.variables.iter().find(|(known, _)| known == name);
+        own.map_or("", |(_, value)| value)
+    }
+
     pub fn unset(&mut self, name: &str) {
         self.variables.retain(|(known, _)| known != name);
     }

@@ -90,6 +90,13 @@ impl QemuFacts {
         self.version >= (8, 0, 0)
     }
 
+    /// Before 8.1, a processor that is emulated beside others may run what it translated before
+    /// another one changed the code: Linux, which changes its own, panics at one boot of some two
+    /// hundred ("int3").
+    pub fn emulates_in_turns(&self) -> bool {
+        self.version < (8, 1, 0)
+    }
+
     /// From version 10 on, an interrupt of the old controller reaches a microvm guest under TCG as
     /// a fault; the guest does without that controller.
     pub fn microvm_needs_pic_off(&self) -> bool {

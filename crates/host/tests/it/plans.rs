@@ -315,6 +315,17 @@ fn microvm_traps_are_stepped_around_under_tcg_only() {
     assert!(!has(&q35, &facts(FAST, (7, 2, 22)), "no_timer_check"));
 }
 
+/// Several emulated processors run code that another one has just changed, before 8.1.
+#[test]
+fn emulated_processors_take_turns_where_they_must() {
+    let two = format!("{KERNEL}\nnics: []\ncpus: 2\n");
+    assert!(has(&two, &facts(SLOW, (7, 2, 22)), "tcg,thread=single"));
+    assert!(has(&two, &facts(SLOW, (8, 1, 0)), "tcg,thread=multi"));
+    assert!(!has(&two, &facts(FAST, (7, 2, 22)), "thread="));
+    let grows = format!("{KERNEL}\nnics: []\ncpus: {{count: 1, max: 4}}\n");
+    assert!(has(&grows, &facts(SLOW, (7, 2, 22)), "tcg,thread=single"));
+}
+
 #[test]
 fn the_board_is_the_least_that_suffices() {
     let facts = facts(SLOW, (7, 2, 22));

@@ -92,7 +92,10 @@ impl Session {
         let file = |interface: &str| format!("/tmp/{}-{interface}.pcap", nodes::hostname(id));
         if self.settings.flag("__start") {
             let mut words = vec!["tcpdump".to_owned(), "-ni".into(), interface.clone()];
-            words.extend(["-U".into(), "-w".into(), file(interface)]);
+            // Written as it comes: what waits in the kernel is lost when the capture ends.
+            let written = ["--immediate-mode", "-U", "-w"].map(str::to_owned);
+            words.extend(written);
+            words.push(file(interface));
             words.extend(interfaces[1..].iter().cloned());
             words.extend(["</dev/null", ">/dev/null", "2>&1", "&"].map(str::to_owned));
             let status = self.ssh(id, &words)?.command().into_std().status()?;

@@ -59,6 +59,9 @@ pub fn plan(machine: &Machine, survey: &Survey, facts: &Facts) -> Result<Launch,
     let qemu = facts.qemu.as_ref().map_err(|why| vec![Unsupported::new("", QEMU, why)])?;
     let mut notes = Vec::new();
     let accel = choose_accel(machine, qemu, &facts.kvm, &mut notes)?;
+    if accel == Accel::Tcg && in_turns(machine, qemu) {
+        notes.push("processors take turns: before 8.1, QEMU may crash Linux otherwise".into());
+    }
     let board = choose_board(machine, survey, qemu, &mut notes)?;
     if !survey.nics.is_empty()
         && let Err(why) = &facts.tun
@@ -119,6 +122,11 @@ fn choose_accel(
         }
         None => refuse(format!("no accelerator is usable: {}", kvm.describe())),
     }
+}
+
+/// Whether emulated processors run one after the other.
+fn in_turns(machine: &Machine, qemu: &QemuFacts) -> bool {
+    machine.cpus.max > 1 && qemu.emulates_in_turns()
 }
 
 /// The least board that suffices.
@@ -249,7 +257,8 @@ fn processor(
             args.add("-cpu", "host");
         }
         (Accel::Tcg, _) => {
-            args.add("-accel", "tcg,thread=multi");
+            let threads = if in_turns(machine, qemu) { "single" } else { "multi" };
+            args.add("-accel", format!("tcg,thread={threads}"));
             args.add("-cpu", "max");
         }
     }

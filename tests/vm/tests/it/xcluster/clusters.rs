@@ -1,6 +1,7 @@
 //! Clusters of real nodes: what they are told, where they are, and how they come and go.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use lodge_vm_tests::lab::command;
 use lodge_vm_tests::xcluster::Xc;
@@ -328,10 +329,10 @@ fn large_packets_cross_a_net_and_are_captured() {
     xc.ok(&["tcpdump", "--start", "1", "eth1", "icmp"]);
     xc.lab.until("the capture", || {
         let ping = xc.says(&["rsh", "2", "ping -c1 -W5 -s 8900 192.168.1.1"]);
-        ping.code == 0 && xc.says(&["rsh", "1", "test -s /tmp/vm-001-eth1.pcap"]).code == 0
+        let written = xc.says(&["rsh", "1", "wc -c </tmp/vm-001-eth1.pcap"]).out;
+        ping.code == 0 && written.trim().parse().is_ok_and(|bytes: u32| bytes > 8900)
     });
     // In one piece: nothing of it was cut up on the way.
-    xc.rsh(2, "ping -c1 -W5 -s 8900 192.168.1.1");
     xc.ok(&["tcpdump", "--get", "1", "eth1"]);
     let bytes = fs::read(capture).unwrap();
     fs::remove_file(capture).unwrap();
@@ -348,4 +349,40 @@ fn large_packets_cross_a_net_and_are_captured() {
     let missing = xc.fails(&["tcpdump", "--get", "1", "eth7"]);
     assert!(missing.contains("/tmp/vm-001-eth7.pcap could not be fetched"), "{missing}");
     xc.ok(&["stop"]);
+}
+
+#[test]
+fn overlays_are_injected_into_what_runs() {
+    let mut xc = Xc::with_image();
+    xc.set("__nvm", "1");
+    xc.set("__nrouters", "0");
+    xc.ok(&["start"]);
+    xc.files("injected", &[("etc/who", "injected"), ("opt/deep/down/file", "there")]);
+    // Any host that ssh knows its way to; here by a configuration of its own.
+    let port = 1 + xc.variable("XCLUSTER_SSH_BASE").parse::<u32>().unwrap();
+    let config = xc.path("ssh.conf");
+    let text = format!(
+        "Host node\nUser root\nHostName 127.0.0.1\nPort {port}\nBatchMode yes\n\
+         StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+    );
+    fs::write(&config, text).unwrap();
+    let bin = xc.path("bin");
+    fs::create_dir_all(&bin).unwrap();
+    let script = format!("#!/bin/sh\nexec /usr/bin/ssh -F {} \"$@\"\n", config.display());
+    fs::write(bin.join("ssh"), script).unwrap();
+    fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    xc.set("PATH", &format!("{}:{path}", bin.display()));
+    xc.ok(&["inject", "--addr=node", "--sudo=", "template", "injected"]);
+    assert_eq!(xc.rsh(1, "cat /etc/who /opt/deep/down/file"), "injectedthere");
+    assert_eq!(xc.rsh(1, "template_test tcase_version"), "template on vm-001\n");
+    // A node has no sudo, and says so; an overlay that is not there is not sent.
+    let said = xc.fails(&["inject", "--addr=node", "injected"]);
+    assert!(
+        said.contains("sudo: not found") && said.contains("injected: ssh node ended"),
+        "{said}"
+    );
+    assert!(xc.fails(&["inject", "--addr=node", "--sudo=", "absent"]).contains("absent"));
+    assert!(xc.fails(&["inject", "injected"]).contains("No address; say --addr=user@host"));
+    xc.ok(&["stop", "--now"]);
 }
