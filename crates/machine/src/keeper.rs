@@ -1,7 +1,7 @@
 //! All machines of a host: finds them, creates them, hands requests to their tasks. Holds the
 //! rules that concern more than one machine (names, ports); all others are in `life`.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -19,24 +19,13 @@ use crate::change::apply;
 use crate::host::Host;
 use crate::life::{Life, Verb};
 use crate::record::Record;
+use crate::roster::{Handle, Roster};
 use crate::store::{self, Row, Store, StoreError, now_us};
 use crate::task::{Message, Published, STOP_TIMEOUT, Task};
 use crate::wait;
 
 /// A hypervisor that does not answer for so long is waited for later.
 const TAKE_UP: Duration = Duration::from_secs(5);
-
-#[derive(Clone)]
-struct Handle {
-    inbox: mpsc::UnboundedSender<Box<Message>>,
-    published: watch::Receiver<Published>,
-}
-
-impl Handle {
-    fn record(&self) -> Arc<Record> {
-        self.published.borrow().record.clone()
-    }
-}
 
 /// A row that could not be read. Nothing runs for it.
 #[derive(Clone, Debug)]
@@ -54,7 +43,7 @@ pub enum Found {
 pub struct Keeper<H> {
     host: Arc<H>,
     store: Store,
-    machines: RwLock<HashMap<MachineId, Handle>>,
+    machines: RwLock<Roster>,
     broken: RwLock<BTreeMap<String, Broken>>,
     /// Identities and names that are being written; nobody else may take them meanwhile.
     creating: Mutex<HashSet<(MachineId, Name)>>,
@@ -164,7 +153,7 @@ impl<H: Host> Keeper<H> {
             told: 0,
             timers: 0,
             taken_up,
-            leave: Box::new(move || drop(self.machines.write().expect("not poisoned").remove(&id))),
+            leave: Box::new(move || self.machines.write().expect("not poisoned").remove(id)),
         };
         tokio::spawn(task.run());
         handle
@@ -251,12 +240,11 @@ impl<H: Host> Keeper<H> {
             return taken("the name", machine.name.to_string(), another());
         }
         let machines = self.machines.read().expect("not poisoned");
-        if let Some(handle) = machines.get(&machine.id) {
+        if let Some(handle) = machines.get(machine.id) {
             let holder = format!("machine {}", handle.record().machine.name);
             return taken("the identity", machine.id.to_string(), holder);
         }
-        let named = |h: &&Handle| h.published.borrow().record.machine.name == machine.name;
-        if let Some(handle) = machines.values().find(named) {
+        if let Some(handle) = machines.named(machine.name.as_str()) {
             let holder = format!("machine {}", handle.record().machine.id);
             return taken("the name", machine.name.to_string(), holder);
         }
@@ -272,7 +260,7 @@ impl<H: Host> Keeper<H> {
     }
 
     fn records(&self) -> Vec<Arc<Record>> {
-        self.machines.read().expect("not poisoned").values().map(Handle::record).collect()
+        self.machines.read().expect("not poisoned").iter().map(|(_, h)| h.record()).collect()
     }
 
     /// Resolves a name, a UUID or the start of one.
@@ -290,9 +278,8 @@ impl<H: Host> Keeper<H> {
     fn handle(&self, target: &str) -> Result<Handle, Refusal> {
         let machines = self.machines.read().expect("not poisoned");
         // What is asked most is found without looking at every machine's identity as text.
-        let by_id = target.parse().ok().and_then(|id: MachineId| machines.get(&id));
-        let named = |h: &&Handle| h.published.borrow().record.machine.name.as_str() == target;
-        if let Some(handle) = by_id.or_else(|| machines.values().find(named)) {
+        let by_id = target.parse().ok().and_then(|id| machines.get(id));
+        if let Some(handle) = by_id.or_else(|| machines.named(target)) {
             return Ok(handle.clone());
         }
         let named: Vec<(String, String, &Handle)> = machines
@@ -526,7 +513,7 @@ impl<H: Host> Keeper<H> {
     /// The identities of all machines, broken ones included.
     pub fn known(&self) -> Vec<MachineId> {
         let mut ids: Vec<MachineId> =
-            self.machines.read().expect("not poisoned").keys().copied().collect();
+            self.machines.read().expect("not poisoned").iter().map(|(id, _)| id).collect();
         let broken = self.broken.read().expect("not poisoned");
         ids.extend(broken.keys().filter_map(|id| id.parse::<MachineId>().ok()));
         ids
