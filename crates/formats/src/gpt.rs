@@ -1,6 +1,6 @@
 //! Writes disks that PCs boot, with the old firmware and with the new: a partition table, room
 //! for GRUB, a partition for UEFI and the root behind them, last, so that it can grow.
-//! Deterministic; writes only, reads nothing.
+//! Deterministic. Of other disks it tells whether firmware for UEFI finds a partition there.
 
 use std::io::{self, Seek, SeekFrom, Write};
 
@@ -41,6 +41,21 @@ pub type Identities = [u128; 4];
 /// How large the root of a disk of `size` bytes can be: whole MiB. `None`: there is no room.
 pub fn root_size(size: u64) -> Option<u64> {
     size.checked_sub(OVERHEAD).map(|rest| rest / MIB * MIB).filter(|rest| *rest > 0)
+}
+
+/// How much of a disk's beginning says what partitions it has.
+pub const TABLE: usize = 2 * SECTOR as usize + ENTRIES * ENTRY;
+
+/// Whether a disk that begins so has a partition for UEFI, by either kind of table.
+pub fn has_efi_system(head: &[u8]) -> bool {
+    let sector = SECTOR as usize;
+    if head.get(sector..).is_some_and(|rest| rest.starts_with(b"EFI PART")) {
+        // Where the list is, is said too; nobody puts it elsewhere.
+        let list = head.get(2 * sector..).unwrap_or_default();
+        return list.chunks_exact(ENTRY).take(ENTRIES).any(|e| e.starts_with(&guid(EFI_SYSTEM)));
+    }
+    let signed = head.get(510..512).is_some_and(|end| end == [0x55, 0xaa]);
+    signed && head[446..510].chunks_exact(16).any(|entry| entry[4] == 0xef)
 }
 
 /// Writes all of a disk but its root. `root` is the root's size in bytes; `out` reads as zeroes
@@ -193,7 +208,26 @@ mod tests {
         assert_eq!(disk[1 << 20], 2);
         assert_eq!(&disk[2 << 20..][43..46], b"ESP");
         assert!(ROOT_AT + root + 33 * 512 <= size);
+        assert!(has_efi_system(&disk[..TABLE]));
         assert_eq!(root_size(OVERHEAD + 100), None);
+    }
+
+    #[test]
+    fn tables_without_a_partition_for_uefi_are_told_apart() {
+        let mut disk = vec![0; TABLE];
+        assert!(!has_efi_system(&disk));
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        // Linux, then the old table's kind for UEFI.
+        disk[446 + 4] = 0x83;
+        assert!(!has_efi_system(&disk));
+        disk[462 + 4] = 0xef;
+        assert!(has_efi_system(&disk));
+        // The newer table decides, where there is one.
+        disk[512..520].copy_from_slice(b"EFI PART");
+        assert!(!has_efi_system(&disk));
+        for length in [0, 1, 511, 512, 520, 1100] {
+            has_efi_system(&disk[..length]);
+        }
     }
 
     #[test]

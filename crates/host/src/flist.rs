@@ -17,3 +17,4 @@ pub mod tools;
 pub mod tree;
 mod virtio;
 mod walk;
+pub mod whole;

@@ -111,12 +111,15 @@ impl Linux {
         home: &Path,
         keep: bool,
     ) -> Result<Choice, Problems> {
-        let root = self.root(machine, home, keep).await?;
+        let facts = self.facts().await;
+        let mut root = self.root(machine, home, keep).await?;
+        let whole = root.take_if(|root| root.found.whole.is_some());
+        let whole = whole.map(|root| flist::whole::machine(machine, &root));
+        let machine = whole.as_ref().unwrap_or(machine);
         let mut survey = self.survey(machine, root.clone()).await?;
         if launch::unpack_kernels(&survey.steps, &self.paths).await {
             survey = self.survey(machine, root).await?;
         }
-        let facts = self.facts().await;
         if let Ok(qemu) = &facts.qemu {
             survey.steps.extend(firmware_steps(machine, &survey, qemu));
         }

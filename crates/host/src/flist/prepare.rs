@@ -4,13 +4,16 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use lodge_formats::gpt;
 use lodge_spec::flist::within_root;
 use serde::{Deserialize, Serialize};
 
 use super::layer::Attr;
 use super::tree::{ROOT, Tree, now};
+use super::whole;
 
 /// Kernels and initial RAM disks are smaller than this.
 const MAX_BOOT_FILE: u64 = 1 << 30;
@@ -25,6 +28,8 @@ pub struct Order {
     pub out: PathBuf,
     /// Where in it a disk of everything goes, if one is wanted.
     pub disk: Option<PathBuf>,
+    /// Where a disk goes that is all that the flist holds, and how many bytes it may have.
+    pub whole: Option<(PathBuf, u64)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +52,15 @@ pub struct Found {
     pub nodefault: bool,
     /// Files that were put in.
     pub files: usize,
+    /// The disk that is all that it holds.
+    pub whole: Option<Whole>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whole {
+    pub bytes: u64,
+    /// It has a partition for UEFI.
+    pub uefi: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -63,7 +77,7 @@ pub(super) fn prepare(tree: &Tree, order: &Order) -> Result<Found, String> {
         put(tree, file)
             .map_err(|why| format!("cannot put {:?} into the root: {why}", file.path))?;
     }
-    let mut found = find(tree, &order.out)?;
+    let mut found = find(tree, order)?;
     if let Some(disk) = &order.disk {
         super::disk::write(tree, disk)
             .map_err(|why| format!("writing the root as a disk: {why}"))?;
@@ -72,13 +86,19 @@ pub(super) fn prepare(tree: &Tree, order: &Order) -> Result<Found, String> {
     Ok(found)
 }
 
-fn find(tree: &Tree, out: &Path) -> Result<Found, String> {
+fn find(tree: &Tree, order: &Order) -> Result<Found, String> {
+    let out = order.out.as_path();
     let none = |why: String| format!("failed to open boot/boot.yaml: {why}");
     let yaml = match walk(tree, "/boot/boot.yaml") {
         Ok(ino) => ino,
         Err(why) => match walk(tree, "/boot/vmlinuz") {
             Ok(kernel) => return found_kernel(tree, kernel, out),
-            Err(_) => return Err(none(format!("{why}; nor is there a /boot/vmlinuz"))),
+            Err(_) => {
+                let image = walk(tree, whole::NAME).map_err(|_| {
+                    none(format!("{why}; nor is there a /boot/vmlinuz or an {}", whole::NAME))
+                })?;
+                return found_whole(tree, image, order);
+            }
         },
     };
     let text = read_whole(tree, yaml, MAX_YAML).map_err(none)?;
@@ -99,7 +119,7 @@ fn find(tree: &Tree, out: &Path) -> Result<Found, String> {
         take("initrd", &boot.initrd, "initrd")?;
     }
     let BootYaml { cmdline, nodefault, .. } = boot;
-    Ok(Found { by_yaml: true, initrd, cmdline, nodefault, files: 0 })
+    Ok(Found { by_yaml: true, initrd, cmdline, nodefault, files: 0, whole: None })
 }
 
 fn found_kernel(tree: &Tree, kernel: u64, out: &Path) -> Result<Found, String> {
@@ -113,7 +133,46 @@ fn found_kernel(tree: &Tree, kernel: u64, out: &Path) -> Result<Found, String> {
         copy(tree, ino, &out.join("initrd")).map_err(at("initrd.img"))?;
     }
     let (initrd, cmdline) = (initrd.is_some(), String::new());
-    Ok(Found { by_yaml: false, initrd, cmdline, nodefault: false, files: 0 })
+    Ok(Found { by_yaml: false, initrd, cmdline, nodefault: false, files: 0, whole: None })
+}
+
+/// No root at all, but a disk.
+fn found_whole(tree: &Tree, image: u64, order: &Order) -> Result<Found, String> {
+    let at = |why: String| format!("{}: {why}", whole::NAME);
+    let attr = tree.attr(image).map_err(|e| at(e.to_string()))?;
+    if !attr.is(libc::S_IFREG) {
+        return Err(at("it is not a file".into()));
+    }
+    if let Some((to, most)) = &order.whole {
+        copy_whole(tree, image, attr.size, to, *most).map_err(at)?;
+    }
+    let head = tree.read(image, 0, gpt::TABLE).map_err(|e| at(unread(e)))?;
+    let whole = Some(Whole { bytes: attr.size, uefi: gpt::has_efi_system(&head) });
+    let cmdline = String::new();
+    Ok(Found { by_yaml: false, initrd: false, cmdline, nodefault: false, files: 0, whole })
+}
+
+/// Takes a disk out; what is zero in it is left out.
+fn copy_whole(tree: &Tree, ino: u64, size: u64, to: &Path, most: u64) -> Result<(), String> {
+    if size == 0 || size > most {
+        return Err(format!("it has {size} bytes, and the machine's first disk {most}"));
+    }
+    let text = |e: std::io::Error| format!("{}: {e}", to.display());
+    let _ = std::fs::remove_file(to);
+    let out = File::create_new(to).map_err(text)?;
+    out.set_len(size).map_err(text)?;
+    let mut at = 0;
+    while at < size {
+        let bytes = tree.read(ino, at, STEP).map_err(unread)?;
+        if bytes.is_empty() {
+            return Err("it ends early".into());
+        }
+        if bytes.iter().any(|byte| *byte != 0) {
+            out.write_all_at(&bytes, at).map_err(text)?;
+        }
+        at += bytes.len() as u64;
+    }
+    Ok(())
 }
 
 /// The inode of a path, links in it followed within the root.

@@ -9,12 +9,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use lodge_spec::flist::{Flist, Source, Transport};
-use lodge_spec::machine::Machine;
+use lodge_spec::machine::{Boot, Machine};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-use super::prepare::{Found, Order, Put};
+use super::prepare::{Found, Order, Put, Whole};
 pub use super::server::UID;
 use super::server::{Config, Said, Task, WORD};
+use super::whole::{self, Place};
 use crate::image::layer;
 use crate::paths::{self, Paths};
 use crate::proc::Tool;
@@ -37,6 +38,8 @@ pub struct Root {
     pub transport: Transport,
     /// The root itself, where it is a disk.
     pub disk: Option<PathBuf>,
+    /// What the first disk is a layer above, where the flist holds a whole disk and no root.
+    pub below: Option<PathBuf>,
 }
 
 /// What a kernel is told that nobody wrote a command line for.
@@ -141,6 +144,7 @@ pub async fn prepare(
             cmdline: String::new(),
             nodefault: false,
             files: 0,
+            whole: None,
         },
         flist: pinned,
         cache,
@@ -149,6 +153,7 @@ pub async fn prepare(
         transport: flist.transport.unwrap_or(Transport::NineP),
         // Under this name every start finds the machine's disk of that name.
         disk: (flist.transport == Some(Transport::Disk)).then(|| home.join("root.raw")),
+        below: None,
     };
     // It is the machine's own once it is made, and what is in it its guest's.
     let missing = root.disk.as_ref().filter(|disk| !disk.exists());
@@ -157,7 +162,11 @@ pub async fn prepare(
         File::create(disk).and_then(|file| file.set_len(1 << 30)).map_err(|e| e.to_string())?;
     }
     let disk = missing.filter(|_| keep).map(|_| out.join("disk"));
-    let config = root.order(Task::Prepare(Order { files, out: out.clone(), disk: disk.clone() }));
+    let (place, below) = (Place::of(machine), home.join("image.raw"));
+    let room = place.as_ref().ok().and_then(Place::room).filter(|_| keep);
+    let whole = room.filter(|_| !below.exists()).map(|most| (out.join("image"), most));
+    let order = Order { files, out: out.clone(), disk: disk.clone(), whole: whole.clone() };
+    let config = root.order(Task::Prepare(order));
     let said = tokio::time::timeout(PREPARE, ask(&config)).await;
     let said = said.map_err(|_| "the flist's stores did not answer in time".to_owned())??;
     if let (Some(made), Some(disk)) = (&disk, &root.disk) {
@@ -166,10 +175,47 @@ pub async fn prepare(
         fs::rename(made, disk).map_err(text)?;
     }
     root.found = said.ok_or("the process that reads flists said nothing")?;
+    if let Some(Whole { bytes, .. }) = root.found.whole {
+        let (machine, place) = (machine.clone(), place?);
+        let work = move || taken_out(&machine, &place, bytes, whole, below);
+        let done = tokio::task::spawn_blocking(work).await;
+        root.below = done.map_err(|e| e.to_string())??;
+        return Ok(root);
+    }
     let usual = if root.found.by_yaml { Transport::NineP } else { Transport::VirtioFs };
     root.transport = flist.transport.unwrap_or(usual);
     root.initrd = root.found.initrd.then(|| out.join("initrd"));
     Ok(root)
+}
+
+/// Puts the disk that an flist holds where the machine wants it. What its first disk is a layer
+/// above from then on, if it is one.
+fn taken_out(
+    machine: &Machine,
+    place: &Place,
+    bytes: u64,
+    made: Option<(PathBuf, u64)>,
+    below: PathBuf,
+) -> Result<Option<PathBuf>, String> {
+    let Boot::Flist { flist, cmdline } = &machine.boot else { return Ok(None) };
+    if flist.transport.is_some() || !cmdline.is_empty() {
+        let what = if cmdline.is_empty() { "transport" } else { "command line" };
+        return Err(format!("it boots from the disk in it, {}, and has no {what}", whole::NAME));
+    }
+    if let Some(most) = place.room().filter(|most| bytes > *most) {
+        let name = whole::NAME;
+        return Err(format!("{name} has {bytes} bytes, and the machine's first disk {most}"));
+    }
+    let layered = matches!(place, Place::Below { .. });
+    match made {
+        Some((made, _)) => place.fill(&made, &below)?,
+        // Whoever only looks is shown where it will be.
+        None if layered && !below.exists() => {
+            File::create(&below).and_then(|f| f.set_len(bytes)).map_err(|e| e.to_string())?;
+        }
+        None => {}
+    }
+    Ok(layered.then_some(below))
 }
 
 async fn ask(config: &Config) -> Said {

@@ -216,8 +216,14 @@ fn firecracker_is_given_a_disk_of_the_flist() {
 }
 
 fn root(transport: Transport) -> Root {
-    let found =
-        Found { by_yaml: true, initrd: false, cmdline: String::new(), nodefault: false, files: 0 };
+    let found = Found {
+        by_yaml: true,
+        initrd: false,
+        cmdline: String::new(),
+        nodefault: false,
+        files: 0,
+        whole: None,
+    };
     Root {
         kernel: "/k".into(),
         initrd: None,
@@ -228,6 +234,7 @@ fn root(transport: Transport) -> Root {
         store: None,
         transport,
         disk: None,
+        below: None,
     }
 }
 

@@ -7,9 +7,9 @@ use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use lodge_vm_tests::Lab;
 use lodge_vm_tests::lab::kill;
 use lodge_vm_tests::zero_os::{Flist, text};
+use lodge_vm_tests::{Lab, assets};
 
 /// Refuses to start; what was said.
 fn refused(lab: &Lab, flist: &Flist, more: &[&str]) -> String {
@@ -17,6 +17,67 @@ fn refused(lab: &Lab, flist: &Flist, more: &[&str]) -> String {
     let complaint = lab.fails(&[&args[..], more].concat());
     assert_eq!(lab.json(&["ls", "-a"]), serde_json::json!([]), "nothing is left: {complaint}");
     complaint
+}
+
+/// An flist that is a whole disk boots from the machine's first one.
+#[test]
+fn a_whole_disk_goes_onto_the_first_disk() {
+    let lab = Lab::new();
+    let flist = Flist::new(&lab, "whole.flist", |root| {
+        fs::remove_dir_all(root.join("boot")).unwrap();
+        let mut image = assets::boot_sector("booted-from-image\r\n");
+        image.resize(3 << 20, 0);
+        image[2 << 20] = 7;
+        fs::write(root.join("image.raw"), image).unwrap();
+    });
+    let document = |name: &str, more: &str| {
+        let (source, store) = (flist.path(), &flist.store);
+        let file = lab.home().join(format!("{name}.yaml"));
+        let text = format!(
+            "name: {name}\nflist: {{source: {source}, store: '{store}'}}\nmemory: 64MiB\nnics: []\n\
+             ready: console:booted-from\n{more}\n"
+        );
+        fs::write(&file, text).unwrap();
+        file
+    };
+    let create = |name: &str, more: &str| lab.ok(&["create", text(&document(name, more))]);
+    let boots = |name: &str, what: &str| {
+        lab.ok(&["start", name, "--wait", "ready", "--timeout", "100"]);
+        assert!(lab.console_text(name).contains(what), "{}", lab.console_text(name));
+        lab.ok(&["stop", "--force", name]);
+    };
+    // A layer above it, as large as was asked for; the second start takes nothing out again.
+    create("blank", "disks: [{size: 8MiB}]");
+    boots("blank", "booted-from-image");
+    let id = lab.machine("blank")["id"].as_str().unwrap().to_owned();
+    let kept = lab.home().join(format!("machines/{id}/image.raw"));
+    assert_eq!(fs::metadata(&kept).unwrap().len(), 8 << 20);
+    let taken = fs::metadata(&kept).unwrap().modified().unwrap();
+    boots("blank", "booted-from-image");
+    assert_eq!(fs::metadata(&kept).unwrap().modified().unwrap(), taken);
+    // A disk of the host's is written to, and only while there is nothing on it.
+    let own = lab.home().join("own.raw");
+    fs::File::create(&own).unwrap().set_len(4 << 20).unwrap();
+    create("own", &format!("disks: [{{source: {}}}]", own.display()));
+    boots("own", "booted-from-image");
+    let bytes = fs::read(&own).unwrap();
+    assert_eq!((bytes[510], bytes[2 << 20], bytes.len()), (0x55, 7, 4 << 20));
+    fs::write(&own, {
+        let mut other = assets::boot_sector("booted-from-mine\r\n");
+        other.resize(4 << 20, 0);
+        other
+    })
+    .unwrap();
+    boots("own", "booted-from-mine");
+    // What cannot hold it, or has nothing to do with it, is refused.
+    for (more, why) in [
+        ("disks: []", "the flist holds a whole disk, /image.raw; the machine needs one"),
+        ("disks: [{size: 1MiB}]", "has 3145728 bytes, and the machine's first disk 1048576"),
+        ("disks: [{size: 8MiB}]\nboot: {cmdline: quiet}", "and has no command line"),
+    ] {
+        let refused = lab.fails(&["create", text(&document("not", more))]);
+        assert!(refused.contains(why), "{more}: {refused}");
+    }
 }
 
 #[test]
