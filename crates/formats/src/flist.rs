@@ -21,7 +21,7 @@ use crate::tree::Tree;
 pub const MAX_DATABASE: u64 = 512 << 20;
 /// More files, directories and links than this are refused.
 pub const MAX_NODES: usize = 8 << 20;
-/// How many bytes a block holds that a file is cut into.
+/// How many bytes a block holds where nothing else is said.
 pub const BLOCK: u32 = 512 << 10;
 /// Larger blocks are refused.
 pub const MAX_BLOCK: u32 = 8 << 20;
@@ -58,6 +58,13 @@ impl Format {
             Format::Fl => Cipher::AesGcm,
         }
     }
+}
+
+/// A file's contents: blocks that hold the same number of bytes, the last one what is left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pieces {
+    pub bytes: u32,
+    pub blocks: Vec<Block>,
 }
 
 /// Where blocks are, as an flist says it. Nothing in here is to be trusted.
@@ -108,7 +115,7 @@ fn take(input: impl Read) -> Result<Vec<u8>, Error> {
 pub fn write(
     out: impl Write,
     format: Format,
-    tree: &Tree<Vec<Block>>,
+    tree: &Tree<Pieces>,
     routes: &Routes,
     tags: &[(String, String)],
 ) -> Result<(), Error> {

@@ -3,13 +3,13 @@
 
 use std::ops::Range;
 
-use super::{BLOCK, Block, Cipher, Error, MAX_BLOCK, MAX_NODES, bad};
+use super::{BLOCK, Block, Cipher, Error, MAX_BLOCK, MAX_NODES, Pieces, bad};
 use crate::tree::{self, Tree};
 
 /// The number of the root directory.
 pub const ROOT: u32 = 0;
 
-const PAGE: u32 = 4096;
+pub(super) const PAGE: u32 = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -172,7 +172,7 @@ impl Index {
     }
 
     /// The same names as a tree, to be written anew.
-    pub fn to_tree(&self) -> Result<Tree<Vec<Block>>, tree::Error> {
+    pub fn to_tree(&self) -> Result<Tree<Pieces>, tree::Error> {
         let root = &self.nodes[0];
         let mut tree = Tree::new(root.time as u32);
         for (number, node) in self.nodes.iter().enumerate() {
@@ -180,7 +180,8 @@ impl Index {
             let kind = match node.kind {
                 Kind::Directory => tree::Kind::Directory,
                 Kind::File => {
-                    let contents = self.blocks(node).map(|n| self.block(n)).collect();
+                    let blocks = self.blocks(node).map(|n| self.block(n)).collect();
+                    let contents = Pieces { bytes: node.block_size(), blocks };
                     tree::Kind::File { size: node.size, contents }
                 }
                 Kind::Symlink => tree::Kind::Symlink(self.target(node).to_vec()),

@@ -9,8 +9,8 @@ use capnp::serialize::OwnedSegments;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::database;
-use super::index::{Builder, Found, PAGES, What};
-use super::{BLOCK, Block, Cipher, Error, Flist, Format, MAX_DATABASE, ROOT, Routes, bad};
+use super::index::{Builder, Found, PAGE, PAGES, What};
+use super::{Block, Cipher, Error, Flist, Format, MAX_DATABASE, Pieces, ROOT, Routes, bad};
 use crate::flist_capnp::{a_c_i, dir, inode, special};
 use crate::tree::{self, Tree};
 
@@ -271,7 +271,7 @@ fn special_of(special: special::Reader<'_>) -> Result<What<'static>, Error> {
 
 pub(super) fn write(
     out: impl Write,
-    tree: &Tree<Vec<Block>>,
+    tree: &Tree<Pieces>,
     routes: &Routes,
     tags: &[(String, String)],
 ) -> Result<(), Error> {
@@ -346,13 +346,16 @@ fn rights_entry<C>(node: &tree::Node<C>) -> (String, Vec<u8>) {
     (rights_key(node), encode(&message))
 }
 
-fn directory_entry(tree: &Tree<Vec<Block>>, path: &str, index: usize) -> Vec<u8> {
+fn directory_entry(tree: &Tree<Pieces>, path: &str, index: usize) -> Vec<u8> {
     let node = &tree.nodes()[index];
     let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
     let children: Vec<(&str, usize)> = tree.children(path).collect();
     let blocks: usize = children
         .iter()
-        .map(|(_, i)| tree.nodes()[*i].size().div_ceil(u64::from(BLOCK)) as usize)
+        .map(|(_, i)| match &tree.nodes()[*i].kind {
+            tree::Kind::File { contents, .. } => contents.blocks.len(),
+            _ => 0,
+        })
         .sum();
     let mut message = new_message(128 + path.len() + children.len() * 48 + blocks * 8);
     let mut entry = message.init_root::<dir::Builder<'_>>();
@@ -381,9 +384,9 @@ fn directory_entry(tree: &Tree<Vec<Block>>, path: &str, index: usize) -> Vec<u8>
             }
             tree::Kind::File { contents, .. } => {
                 let mut file = attributes.init_file();
-                file.set_block_size(PAGES);
-                let mut blocks = file.init_blocks(contents.len() as u32);
-                for (n, Block { id, key }) in contents.iter().enumerate() {
+                file.set_block_size((contents.bytes / PAGE) as u16);
+                let mut blocks = file.init_blocks(contents.blocks.len() as u32);
+                for (n, Block { id, key }) in contents.blocks.iter().enumerate() {
                     let mut block = blocks.reborrow().get(n as u32);
                     block.set_hash(id);
                     block.set_key(key);

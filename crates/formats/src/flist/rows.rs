@@ -8,7 +8,7 @@ use rusqlite::{Row, params};
 
 use super::database;
 use super::index::{Builder, Found, PAGES, What};
-use super::{Block, Cipher, Error, Flist, Format, Kind, Routes, bad};
+use super::{BLOCK, Block, Cipher, Error, Flist, Format, Kind, Pieces, Routes, bad};
 use crate::tree::{self, Tree};
 
 const SCHEMA: &str = "
@@ -164,7 +164,7 @@ fn place(
 
 pub(super) fn write(
     mut out: impl Write,
-    tree: &Tree<Vec<Block>>,
+    tree: &Tree<Pieces>,
     routes: &Routes,
     tags: &[(String, String)],
 ) -> Result<(), Error> {
@@ -203,8 +203,13 @@ pub(super) fn write(
             ])?;
             match &node.kind {
                 tree::Kind::Symlink(target) => drop(extra.execute(params![number, target])?),
-                tree::Kind::File { contents, .. } => {
-                    for Block { id, key } in contents {
+                tree::Kind::File { contents: Pieces { bytes, blocks }, .. } => {
+                    if *bytes != BLOCK && (blocks.len() > 1 || node.size() > u64::from(BLOCK)) {
+                        return bad(format!(
+                            "{path}: its blocks hold {bytes} bytes, and those of an .fl {BLOCK}"
+                        ));
+                    }
+                    for Block { id, key } in blocks {
                         block.execute(params![number, &**id, &**key])?;
                     }
                 }

@@ -1,6 +1,6 @@
 //! Flists written and read again, and those of strangers that are refused.
 
-use lodge_formats::flist::{self, Block, Cipher, Format, Kind, Routes};
+use lodge_formats::flist::{self, BLOCK, Block, Cipher, Format, Kind, Pieces, Routes};
 use lodge_formats::tree::{self, Node, Tree};
 use rusqlite::Connection;
 
@@ -8,9 +8,10 @@ fn block(cipher: Cipher, byte: u8) -> Block {
     cipher.seal(&[byte; 9]).0
 }
 
-fn tree(cipher: Cipher) -> Tree<Vec<Block>> {
+fn tree(cipher: Cipher) -> Tree<Pieces> {
     let mut tree = Tree::new(7);
-    let file = |path: &str, size, contents| {
+    let file = |path: &str, size, blocks| {
+        let contents = Pieces { bytes: BLOCK, blocks };
         Node::new(path, tree::Kind::File { size, contents }, 0o4755, 11)
     };
     let two = vec![block(cipher, 1), block(cipher, 2)];
@@ -230,4 +231,34 @@ proptest::proptest! {
         // An answer, whichever: no panic, no endless loop.
         let _ = flist::read(&bytes[..]);
     }
+}
+
+#[test]
+fn blocks_keep_the_size_that_they_were_cut_to() {
+    let of = |cipher: Cipher, bytes: u32, size: u64| {
+        let blocks = (0..size.div_ceil(u64::from(bytes))).map(|n| block(cipher, n as u8));
+        let contents = Pieces { bytes, blocks: blocks.collect() };
+        let mut tree = Tree::new(7);
+        tree.insert(Node::new("f", tree::Kind::File { size, contents }, 0o644, 1)).unwrap();
+        tree
+    };
+    let write = |format: Format, tree: &Tree<Pieces>| {
+        let mut out = Vec::new();
+        flist::write(&mut out, format, tree, &Routes::default(), &[]).map(|()| out)
+    };
+    for bytes in [64 << 10, 128 << 10, BLOCK, 1 << 20] {
+        let out = write(Format::Flist, &of(Cipher::Xxtea, bytes, 3 << 20)).unwrap();
+        let read = flist::read(&out[..]).unwrap();
+        let node = read.index.node(read.index.lookup(0, b"f").unwrap()).unwrap();
+        assert_eq!(node.block_size(), bytes);
+        assert_eq!(read.index.blocks(node).len() as u32, (3 << 20) / bytes);
+        // Merged or repacked, it is read as it was.
+        let again = write(Format::Flist, &read.index.to_tree().unwrap()).unwrap();
+        assert_eq!(again, out);
+    }
+    // The newer format knows one size; what fits into one of its blocks is the same in each.
+    let refused = write(Format::Fl, &of(Cipher::AesGcm, 128 << 10, 3 << 20)).unwrap_err();
+    assert!(refused.to_string().contains("its blocks hold 131072 bytes"), "{refused}");
+    assert!(write(Format::Fl, &of(Cipher::AesGcm, 1 << 20, 1 << 20)).is_err());
+    write(Format::Fl, &of(Cipher::AesGcm, 128 << 10, 9)).unwrap();
 }

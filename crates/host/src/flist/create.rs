@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lodge_formats::flist::{self, BLOCK, Block, Format, Routes};
+use lodge_formats::flist::{self, BLOCK, Block, Format, Pieces, Routes};
 use lodge_formats::sniff;
 use lodge_formats::tree::{Kind, Node, Tree};
 use serde::Serialize;
@@ -151,7 +151,7 @@ pub fn create(
     let tree = tree.map(|_| {
         let index = order[next];
         next += 1;
-        by_node.remove(&index).unwrap_or_default()
+        Pieces { bytes: BLOCK, blocks: by_node.remove(&index).unwrap_or_default() }
     });
     let flist = write(&tree, out, format, &routes(format, route), tags)?;
     Ok(Made { files, bytes, blocks, stored, flist })
@@ -175,7 +175,7 @@ pub fn routes(format: Format, url: Option<&str>) -> Routes {
 
 /// Writes an flist whose blocks are in their store already. Returns how many bytes it has.
 pub fn write(
-    tree: &Tree<Vec<Block>>,
+    tree: &Tree<Pieces>,
     out: &Path,
     format: Format,
     routes: &Routes,
@@ -205,6 +205,7 @@ type Piece = (usize, usize, Vec<u8>);
 /// Reads in one thread, seals and stores in as many as there are processors.
 fn seal(tree: &Tree<Content>, format: Format, store: &dyn Store) -> Result<Sealed, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let piece = u64::from(BLOCK);
     let (send, receive) = sync_channel::<Piece>(threads * WAITING);
     let receive = Arc::new(Mutex::new(receive));
     let done: Mutex<BTreeMap<(usize, usize), Block>> = Mutex::default();
@@ -235,8 +236,8 @@ fn seal(tree: &Tree<Content>, format: Format, store: &dyn Store) -> Result<Seale
             }
             let text = |e: io::Error| format!("{}: {e}", node.path);
             let mut input = contents.open().map_err(text)?.take(*size);
-            for number in 0..size.div_ceil(u64::from(BLOCK)) {
-                let length = (size - number * u64::from(BLOCK)).min(u64::from(BLOCK));
+            for number in 0..size.div_ceil(piece) {
+                let length = (size - number * piece).min(piece);
                 let mut bytes = vec![0; length as usize];
                 input.read_exact(&mut bytes).map_err(text)?;
                 if failed.lock().expect("not poisoned").is_some() {

@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use lodge_formats::flist::{Block, Index, Routes};
+use lodge_formats::flist::{Block, Index, MAX_BLOCK, Routes};
 
 use super::cache::Cache;
 use super::store::{self, Store};
 
 /// At most so many blocks are on their way at once.
 const MAX_FETCHES: usize = 16;
+/// So many are fetched at once before anybody has asked for them.
+const AHEAD: usize = 8;
 /// Which files of blocks are kept open.
 const MAX_OPEN: usize = 128;
 /// Every so many uses of an open block it is checked again.
@@ -276,17 +278,11 @@ impl Fetcher {
         state.first.take().unwrap_or_default()
     }
 
-    /// Brings blocks into the cache that will be needed, with so many threads.
-    pub fn ahead(
-        &self,
-        index: &Index,
-        numbers: &[u32],
-        limits: impl Fn(u32) -> u32 + Sync,
-        threads: usize,
-    ) {
+    /// Brings blocks into the cache that will be needed, several at a time.
+    pub fn ahead(&self, index: &Index, numbers: &[u32]) {
         let next = AtomicU64::new(0);
         std::thread::scope(|scope| {
-            for _ in 0..threads {
+            for _ in 0..AHEAD.min(numbers.len()) {
                 scope.spawn(|| {
                     loop {
                         let at = next.fetch_add(1, Ordering::Relaxed) as usize;
@@ -296,7 +292,7 @@ impl Fetcher {
                         };
                         // Whoever reads it is told if it cannot be had. Stores that fail are for
                         // those who wait.
-                        if self.bring(index, *number, limits(*number)).is_err() {
+                        if self.bring(index, *number).is_err() {
                             next.store(u64::MAX / 2, Ordering::Relaxed);
                             return;
                         }
@@ -307,13 +303,13 @@ impl Fetcher {
     }
 
     /// Like `block`, for nobody in particular.
-    fn bring(&self, index: &Index, number: u32, limit: u32) -> Result<(), String> {
+    fn bring(&self, index: &Index, number: u32) -> Result<(), String> {
         {
             let mut state = self.state.lock().expect("not poisoned");
             if state.open.contains_key(&number) || !state.under_way.insert(number) {
                 return Ok(());
             }
         }
-        self.look(index, number, limit, Instant::now() + self.patience).map(drop)
+        self.look(index, number, MAX_BLOCK, Instant::now() + self.patience).map(drop)
     }
 }

@@ -161,6 +161,7 @@ fn copy_whole(tree: &Tree, ino: u64, size: u64, to: &Path, most: u64) -> Result<
     let _ = std::fs::remove_file(to);
     let out = File::create_new(to).map_err(text)?;
     out.set_len(size).map_err(text)?;
+    tree.bring(ino);
     let mut at = 0;
     while at < size {
         let bytes = tree.read(ino, at, STEP).map_err(unread)?;
@@ -219,6 +220,7 @@ fn copy(tree: &Tree, ino: u64, to: &Path) -> Result<(), String> {
     // The hypervisor has a user of its own.
     use std::os::unix::fs::PermissionsExt;
     out.set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(text)?;
+    tree.bring(ino);
     let mut at = 0;
     while at < attr.size {
         let bytes = tree.read(ino, at, STEP).map_err(unread)?;

@@ -33,7 +33,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const START: Duration = Duration::from_secs(60);
 /// Requests that are answered at once; all but a few of these wait for stores.
 pub(super) const THREADS: usize = 24;
-const AHEAD: usize = 8;
 /// As large as a request can be, with room for its head.
 const REQUEST: usize = (1 << 20) + 4096;
 /// Complaints that are written down; a guest could cause any number.
@@ -275,7 +274,7 @@ fn ahead(tree: Arc<Tree>, profile: PathBuf) -> impl FnOnce() + Send + 'static {
             .chunks_exact(4)
             .map(|four| u32::from_le_bytes(four.try_into().expect("four")))
             .collect();
-        tree.fetcher.ahead(&tree.index, &numbers, |_| flist::BLOCK, AHEAD);
+        tree.fetcher.ahead(&tree.index, &numbers);
         std::thread::sleep(START);
         keep_start(&tree, &profile);
     }

@@ -348,7 +348,7 @@ pub fn merge_into(flists: &[Flist], out: &Path, route: Option<&str>) -> Result<u
 }
 
 /// Lays flists over each other, later ones on top: files replace, directories are united.
-fn merge(flists: &[Flist]) -> Result<Tree<Vec<flist::Block>>, String> {
+fn merge(flists: &[Flist]) -> Result<Tree<flist::Pieces>, String> {
     let [first, rest @ ..] = flists else { return Err("there is nothing to merge".into()) };
     let mut tree = first.index.to_tree().map_err(|e| e.to_string())?;
     for other in rest {

@@ -305,6 +305,14 @@ impl Tree {
         Ok(())
     }
 
+    /// Fetches a file that is about to be read as a whole.
+    pub(super) fn bring(&self, ino: u64) {
+        if let Some(node) = self.node(ino) {
+            let numbers: Vec<u32> = self.index.blocks(node).collect();
+            self.fetcher.ahead(&self.index, &numbers);
+        }
+    }
+
     /// Bytes of a file; fewer at its end.
     pub(super) fn read(&self, ino: u64, offset: u64, size: usize) -> io::Result<Vec<u8>> {
         let (attr, data) = {
