@@ -12,6 +12,7 @@ mod kvm;
 mod nics;
 mod resp;
 mod session;
+mod statistics;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use session::serve;
 use crate::control::{self, Control};
 use jobs::Logs;
 use keys::Keys;
+use statistics::Statistics;
 
 /// The word in `origin.door` of machines that came through here.
 pub const DOOR: &str = "zero-os";
@@ -49,6 +51,7 @@ pub struct Door<C> {
     settings: Settings,
     keys: Keys,
     logs: Logs,
+    statistics: Statistics,
     /// The number of the machine that was made last; addresses follow from it.
     sequence: AtomicU32,
     /// One machine is made at a time, so that names and numbers are given once.
@@ -64,6 +67,7 @@ impl<C: Control> Door<C> {
             settings,
             keys: Keys::default(),
             logs: Logs::default(),
+            statistics: Statistics::default(),
             sequence: AtomicU32::new(1),
             creating: tokio::sync::Mutex::default(),
             queues: std::sync::Mutex::default(),

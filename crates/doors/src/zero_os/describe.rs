@@ -91,38 +91,3 @@ pub(super) fn info(machine: &Machine, usage: &Usage) -> Value {
 fn list(one: Option<Value>) -> Vec<Value> {
     one.into_iter().collect()
 }
-
-/// What `kvm.infops` says: the last values, by metric and machine.
-pub(super) fn infops(machine: &Machine, usage: &Usage, now_s: i64) -> Value {
-    let mut all = serde_json::Map::new();
-    let mut put = |metric: &str, id: &str, op: &str, value: f64| {
-        let tags = json!([{"key": "type", "value": "virt"}, {"key": "id", "value": id}]);
-        let sample =
-            json!({"avg": value, "total": value, "max": value, "count": 1, "start": now_s});
-        all.insert(
-            format!("{metric}/{id}"),
-            json!({
-                "op": op, "last_value": value, "last_time": now_s, "tags": tags,
-                "current": {"300": sample, "3600": sample}, "history": {"300": [], "3600": []},
-            }),
-        );
-    };
-    let name = machine.name.as_str();
-    put("kvm.memory.max", name, "A", machine.params.memory as f64 * 1.024);
-    put("kvm.cpu.time", name, "D", usage.cpu_ns as f64 / 1e9);
-    if usage.interface.is_some() {
-        let id = format!("{name}.{}", nics::mac(machine.sequence));
-        put("kvm.net.rxbytes", &id, "D", usage.network.in_bytes as f64);
-        put("kvm.net.rxpackets", &id, "D", usage.network.in_operations as f64);
-        put("kvm.net.txbytes", &id, "D", usage.network.out_bytes as f64);
-        put("kvm.net.txpackets", &id, "D", usage.network.out_operations as f64);
-    }
-    if machine.params.media.as_ref().is_some_and(|m| !m.is_empty()) {
-        let id = format!("{name}.vda");
-        put("kvm.disk.rdbytes", &id, "D", usage.disk.in_bytes as f64);
-        put("kvm.disk.iops.read", &id, "D", usage.disk.in_operations as f64);
-        put("kvm.disk.wrbytes", &id, "D", usage.disk.out_bytes as f64);
-        put("kvm.disk.iops.write", &id, "D", usage.disk.out_operations as f64);
-    }
-    Value::Object(all)
-}

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use lodge_spec::draft::Draft;
 use lodge_spec::request::{Change, Page, Refusal, Reply, Request};
@@ -152,7 +151,7 @@ impl<C: Control> Door<C> {
         }
     }
 
-    async fn usage(&self, machine: &Machine) -> Usage {
+    pub(super) async fn usage(&self, machine: &Machine) -> Usage {
         match self.ask(Request::Usage { target: machine.uuid.clone() }).await {
             Ok(Reply::Usage { usage }) => usage,
             // It may have ended since; then it uses nothing.
@@ -275,8 +274,7 @@ impl<C: Control> Door<C> {
 
     async fn infops(&self, arguments: &Value) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Ok(describe::infops(&machine, &self.usage(&machine).await, now.as_secs() as i64))
+        Ok(self.used(&machine, &self.usage(&machine).await))
     }
 
     async fn change(&self, machine: &Machine, change: Change) -> Result<(), Failure> {

@@ -27,6 +27,7 @@ pub async fn serve<C: Control>(
     door: Arc<Door<C>>,
 ) -> io::Result<()> {
     tokio::spawn(door.clone().tell_events());
+    tokio::spawn(door.clone().watch_usage());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // Beyond the limit, connections wait in the kernel's queue.
