@@ -19,6 +19,7 @@ use lodge_spec::draft::GuardDraft;
 use lodge_spec::extras::{Guard, Lease};
 use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Peers, Port, Protocol, Segment};
 use lodge_spec::names::Mac;
+use lodge_spec::nbd::{Nbd, Server};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -335,6 +336,9 @@ pub struct OpenFile {
     pub fd: i32,
     pub path: PathBuf,
     pub writable: bool,
+    /// A connection to this instead.
+    #[serde(default)]
+    pub server: Option<Server>,
 }
 
 /// A Unix socket to listen on; the hypervisor accepts.
@@ -530,9 +534,23 @@ pub struct DiskFiles {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
+    /// A server's address, where it is a server's.
     pub path: PathBuf,
     pub format: DiskFormat,
     pub block_device: bool,
+    pub remote: Option<Nbd>,
+}
+
+impl Layer {
+    pub fn file(path: PathBuf, format: DiskFormat) -> Self {
+        Self { path, format, block_device: false, remote: None }
+    }
+
+    /// What a server's disk holds is taken as it is.
+    pub fn remote(nbd: &Nbd) -> Self {
+        let path = nbd.to_string().into();
+        Self { remote: Some(nbd.clone()), ..Self::file(path, DiskFormat::Raw) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

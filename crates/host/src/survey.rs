@@ -145,12 +145,15 @@ impl Surveyor<'_> {
         let at = format!("disks[{index}]");
         let home = self.paths.machine(machine.id);
         let own = |name: &str| home.join(format!("{name}.qcow2"));
-        let top = |path: PathBuf| Layer { path, format: DiskFormat::Qcow2, block_device: false };
-        if !matches!(disk.source, DiskSource::Path(_) | DiskSource::Own(_)) {
+        let top = |path: PathBuf| Layer::file(path, DiskFormat::Qcow2);
+        let elsewhere = |source: &DiskSource| {
+            matches!(source, DiskSource::Path(_) | DiskSource::Nbd(_) | DiskSource::Own(_))
+        };
+        if !elsewhere(&disk.source) {
             // An earlier start under a hypervisor that knows only raw disks has made it whole.
             let path = home.join(format!("{}.raw", disk.name));
             if let Ok(meta) = fs::metadata(&path) {
-                let layer = Layer { path, format: DiskFormat::Raw, block_device: false };
+                let layer = Layer::file(path, DiskFormat::Raw);
                 return Some(DiskFiles { layers: vec![layer], bytes: meta.len(), kept: true });
             }
         }
@@ -165,6 +168,7 @@ impl Surveyor<'_> {
         };
         match &disk.source {
             DiskSource::Path(path) => plain(p, layer::look(path)),
+            DiskSource::Nbd(nbd) => files(vec![Layer::remote(nbd)], 0),
             DiskSource::Own(name) => plain(p, self.own_file(machine.id, name)),
             // Before the machine itself is made, it lies elsewhere.
             DiskSource::Flist => plain(p, layer::look(self.root.as_ref()?.disk.as_ref()?)),
@@ -207,7 +211,7 @@ impl Surveyor<'_> {
                 let path = own(disk.name.as_str());
                 let above = Some((below.clone(), format));
                 steps.push(Step::Layer { path: path.clone(), bytes, above, owner: uid });
-                let below = Layer { path: below, format, block_device: false };
+                let below = Layer::file(below, format);
                 files(vec![top(path), below], bytes)
             }
         }

@@ -409,6 +409,7 @@ impl Answer {
             list.extend(record.machine.disks.iter().filter_map(|d| match &d.source {
                 DiskSource::Image { image, .. } => Some((image.clone(), name.clone())),
                 DiskSource::Path(_)
+                | DiskSource::Nbd(_)
                 | DiskSource::Own(_)
                 | DiskSource::Above(_)
                 | DiskSource::Blank { .. }

@@ -237,7 +237,9 @@ pub struct DiskDraft {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Host path of a raw or qcow2 image or a block device; told apart by content. `own:/NAME`: a
-    /// file in the machine's own folder. Absent: an empty disk of `size`, kept with the machine.
+    /// file in the machine's own folder. `nbd://HOST[:PORT]/EXPORT` or
+    /// `nbd+unix:///EXPORT?socket=PATH`: a server's disk. Absent: an empty disk of `size`, kept with
+    /// the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Leave the source alone and write to a layer of the machine's own above it. False when

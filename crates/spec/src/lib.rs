@@ -13,6 +13,7 @@ pub mod extras;
 pub mod flist;
 pub mod machine;
 pub mod names;
+pub mod nbd;
 pub mod ports;
 pub mod problem;
 pub mod request;

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use lodge_spec::draft::{
     BootDraft, BootstrapDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size,
 };
+use lodge_spec::nbd::Nbd;
 
 /// Describe, build, boot, confine and look after virtual machines.
 #[derive(Debug, Parser)]
@@ -290,7 +291,7 @@ pub struct MachineFlags {
     /// Kernel command line; with an image, added to the image's own.
     #[arg(long, value_name = "CMDLINE")]
     pub append: Option<String>,
-    /// Attach a disk, raw or qcow2.
+    /// Attach a disk: raw or qcow2, or an NBD server's (nbd://HOST[:PORT]/NAME).
     #[arg(long, value_name = "PATH[:ro]")]
     pub disk: Vec<String>,
     /// Attach a CD-ROM.
@@ -382,14 +383,17 @@ pub(super) fn absolute(path: &std::path::Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// `PATH[:ro]`.
+/// `PATH[:ro]`, or a server's disk by its address.
 pub fn disk_of(text: &str) -> DiskDraft {
     let (path, read_only) = match text.strip_suffix(":ro") {
         Some(path) => (path, Some(true)),
         None => (text, None),
     };
-    let source = Some(absolute(path.as_ref()));
-    DiskDraft { source, read_only, ..DiskDraft::default() }
+    let source = match Nbd::is_meant(path) {
+        true => path.to_owned(),
+        false => absolute(path.as_ref()),
+    };
+    DiskDraft { source: Some(source), read_only, ..DiskDraft::default() }
 }
 
 impl MachineFlags {

@@ -239,6 +239,10 @@ pub(crate) fn raw_disks(
             faults.push(Unsupported::new(&format!("disks[{i}].source"), backend, why));
         };
         let Some(top) = found.layers.first() else { continue };
+        if top.remote.is_some() {
+            refuse("it does not speak NBD");
+            continue;
+        }
         let layer = survey.steps.iter().find_map(|step| match step {
             Step::Layer { path, bytes, above, owner } if *path == top.path => {
                 Some((*bytes, above.clone(), *owner))

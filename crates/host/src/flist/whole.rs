@@ -49,7 +49,10 @@ impl Place {
                     false => Ok(Self::Onto { path: path.clone(), bytes: looked.bytes }),
                 }
             }
-            DiskSource::Image { .. } | DiskSource::Above(_) | DiskSource::Own(_) => Ok(Self::Full),
+            DiskSource::Image { .. }
+            | DiskSource::Above(_)
+            | DiskSource::Nbd(_)
+            | DiskSource::Own(_) => Ok(Self::Full),
             DiskSource::Flist => Err(format!("{NAME} is a disk itself; {name} cannot hold it")),
         }
     }

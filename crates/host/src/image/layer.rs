@@ -38,7 +38,7 @@ pub fn look(path: &Path) -> Result<Looked, String> {
     let kind = sniff::read(&mut file).map_err(error)?;
     if kind != sniff::Kind::Qcow2 {
         let bytes = file.seek(SeekFrom::End(0)).map_err(error)?;
-        let layer = Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device };
+        let layer = Layer { block_device, ..Layer::file(path.to_owned(), DiskFormat::Raw) };
         return Ok(Looked { layer, bytes, kind });
     }
     let header = qcow2::read(&mut file).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -52,7 +52,7 @@ pub fn look(path: &Path) -> Result<Looked, String> {
     if header.encrypted || header.external_data {
         return refuse("encrypted images and images with external data are not supported");
     }
-    let layer = Layer { path: path.to_owned(), format: DiskFormat::Qcow2, block_device };
+    let layer = Layer { block_device, ..Layer::file(path.to_owned(), DiskFormat::Qcow2) };
     Ok(Looked { layer, bytes: header.virtual_size, kind })
 }
 

@@ -91,6 +91,11 @@ impl Live {
             Change::AddDisk { .. } => {
                 let disk = machine.disks.last().ok_or("no disk")?;
                 let files = survey.disks.last().ok_or("no disk")?;
+                if files.layers.iter().any(|layer| layer.remote.is_some()) {
+                    return Err(
+                        "disks by NBD are there from the start; stop the machine first".into()
+                    );
+                }
                 let open = |depth: usize, writable: bool| {
                     let path = &files.layers[depth].path;
                     let file = fs::File::options().read(true).write(writable).open(path)?;

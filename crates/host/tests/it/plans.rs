@@ -47,7 +47,7 @@ pub(crate) fn machine(text: &str) -> Machine {
 
 /// What a host would have for the machine; kernels have a PVH entry unless told otherwise.
 pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey {
-    let layer = |path: &str, format| Layer { path: path.into(), format, block_device: false };
+    let layer = |path: &str, format| Layer::file(path.into(), format);
     let boot = match &machine.boot {
         Boot::Kernel { kernel, initrd, cmdline } => BootFiles::Kernel {
             kernel: kernel.clone(),
@@ -74,6 +74,7 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
             ],
             DiskSource::Blank { .. } => vec![layer("/m/blank.qcow2", DiskFormat::Qcow2)],
             DiskSource::Flist => vec![layer("/m/root.raw", DiskFormat::Raw)],
+            DiskSource::Nbd(nbd) => vec![Layer::remote(nbd)],
             DiskSource::Image { .. } => {
                 vec![layer("/m/top.qcow2", DiskFormat::Qcow2), layer("/i/base", DiskFormat::Raw)]
             }
@@ -313,6 +314,28 @@ fn microvm_traps_are_stepped_around_under_tcg_only() {
     assert!(!has(&q35, &facts(SLOW, (7, 2, 22)), "tsc_early_khz"));
     assert!(has(&q35, &facts(SLOW, (7, 2, 22)), "no_timer_check"));
     assert!(!has(&q35, &facts(FAST, (7, 2, 22)), "no_timer_check"));
+}
+
+/// QEMU is given a connection, and never learns where it leads.
+#[test]
+fn a_servers_disk_is_a_connection_that_was_made_before() {
+    let text = format!("{KERNEL}\nnics: []\ndisks: [{{source: 'nbd://store:7/a'}}]\n");
+    let launch = launch(&text, &facts(SLOW, (7, 2, 22)));
+    let argv = launch.warden.jail.argv.join(" ");
+    let file = launch.warden.files.iter().find(|file| file.server.is_some()).unwrap();
+    let server = format!(r#""server":{{"str":"{}","type":"fd"}}"#, file.fd);
+    assert!(argv.contains(&server) && argv.contains(r#""export":"a""#), "{argv}");
+    assert!(!argv.contains("store"), "{argv}");
+    assert!(launch.warden.jail.keep_fds.contains(&file.fd));
+    let refused = |more: &str| {
+        let text = format!("{KERNEL}\nnics: []\ndisks: [{{source: 'nbd://store/a', {more}}}]\n");
+        let draft = document::parse(&text).unwrap();
+        let id = "b8ab5fc1-8576-45ef-bb51-9826b52a4651".parse().unwrap();
+        resolve(draft, Defaults { id }).unwrap_err().to_string()
+    };
+    assert!(refused("layered: true").contains("used in place"));
+    assert!(refused("media: cdrom").contains("used in place"));
+    assert!(refused("size: 1GiB").contains("the size of its source"));
 }
 
 /// Several emulated processors run code that another one has just changed, before 8.1.

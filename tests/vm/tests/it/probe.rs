@@ -143,6 +143,46 @@ fn a_disk_that_is_plugged_in_is_read() {
     lab.until("the disk", || lab.console_text("p").contains("PROBE disk0: MORE"));
 }
 
+/// A server's disk, over TCP and over a socket of the host's; the hypervisor has neither.
+#[test]
+fn a_servers_disk_is_read_and_written() {
+    let lab = Lab::new();
+    let (image, socket) = (lab.home().join("served.img"), lab.home().join("served.sock"));
+    std::fs::write(&image, [b"DISK".repeat(128), vec![0; 1 << 20]].concat()).unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let by_tcp = ["--bind=127.0.0.1".to_owned(), format!("--port={port}")];
+    let by_socket = [format!("--socket={}", socket.display()), "--shared=2".to_owned()];
+    let over_tcp = format!("nbd://127.0.0.1:{port}/a/b");
+    let over_socket = format!("nbd+unix:///a/b?socket={}", socket.display());
+    for (name, board, how, source) in
+        [("t", "q35", by_tcp, over_tcp), ("u", "microvm", by_socket, over_socket)]
+    {
+        let more = format!("nics: []\ndisks: [{{source: '{source}'}}]\n");
+        lab.ok(&["create", &document(&lab, name, board, "tcg", &more)]);
+        // Nobody is there yet.
+        let said = lab.fails(&["start", name]);
+        assert!(said.contains(&source), "{said}");
+        let mut server = lodge_vm_tests::lab::command("qemu-nbd");
+        server.args(["--persistent", "--format=raw", "--export-name=a/b"]).args(how).arg(&image);
+        let server = server.spawn().unwrap();
+        lab.until("the server", || lab.run(&["start", name]).status.success());
+        lab.until("the disk", || lab.console_text(name).contains("PROBE disk0: DISK"));
+        lab.type_and_see(name, "write 0 5 kept\n", "written");
+        let written = || std::fs::read(&image).unwrap()[5 * 512..].starts_with(b"kept");
+        lab.until("what was written", written);
+        let said = lab.fails(&["set", name, "--add-disk", &source]);
+        assert!(said.contains("NBD") || said.contains("microvm"), "{said}");
+        // A server that goes takes nobody with it.
+        lodge_vm_tests::lab::end(server);
+        let stood = lab.ticks(name);
+        lab.until("ticks", || lab.ticks(name) > stood + 2);
+        lab.ok(&["stop", "--force", name]);
+        let mut bytes = std::fs::read(&image).unwrap();
+        bytes[5 * 512..][..4].fill(0);
+        std::fs::write(&image, bytes).unwrap();
+    }
+}
+
 /// Memory goes to the disk and comes back: the guest counts on where it stood, its disks and its
 /// interfaces work, and nothing is left of what was saved.
 fn there_and_back(board: &str, accel: &str) {

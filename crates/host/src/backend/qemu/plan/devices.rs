@@ -70,9 +70,18 @@ impl Arguments {
         let fd = self.next_fd();
         let set = self.files.len() + 1;
         self.add("-add-fd", format!("fd={fd},set={set}"));
-        self.files.push(OpenFile { fd, path: path.to_owned(), writable });
+        self.files.push(OpenFile { fd, path: path.to_owned(), writable, server: None });
         self.kept.push(fd);
         format!("/dev/fdset/{set}")
+    }
+
+    /// Hands a layer over; returns the name by which QEMU knows it.
+    fn layer(&mut self, layer: &Layer, writable: bool) -> String {
+        let Some(nbd) = &layer.remote else { return self.file(&layer.path, writable) };
+        let (fd, server) = (self.next_fd(), Some(nbd.server.clone()));
+        self.files.push(OpenFile { fd, path: layer.path.clone(), writable, server });
+        self.kept.push(fd);
+        fd.to_string()
     }
 
     /// `virtio-X-pci`, or `virtio-X-device` on a board without PCI.
@@ -151,13 +160,21 @@ pub(crate) fn block_nodes(
     for (depth, layer) in layers.iter().enumerate().rev() {
         let read_only = read_only || depth > 0;
         let file = format!("f-{disk}-{depth}");
-        nodes.push(json!({
-            "driver": if layer.block_device { "host_device" } else { "file" },
-            "node-name": file,
-            "filename": open(layer, !read_only),
-            "read-only": read_only,
-            "discard": "unmap",
-        }));
+        let opened = open(layer, !read_only);
+        let mut lowest = json!({"node-name": file, "read-only": read_only, "discard": "unmap"});
+        match &layer.remote {
+            None => {
+                let driver = if layer.block_device { "host_device" } else { "file" };
+                lowest["driver"] = driver.into();
+                lowest["filename"] = opened.into();
+            }
+            Some(nbd) => {
+                lowest["driver"] = "nbd".into();
+                lowest["server"] = json!({"type": "fd", "str": opened});
+                lowest["export"] = nbd.export.as_str().into();
+            }
+        }
+        nodes.push(lowest);
         let mut node = json!({
             "driver": layer.format.as_str(),
             "node-name": name(depth),
@@ -192,7 +209,7 @@ pub(crate) fn disk_device(disk: &Disk, virtio: &str) -> String {
 fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootDevice]) {
     let nodes =
         block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |layer, writable| {
-            args.file(&layer.path, writable)
+            args.layer(layer, writable)
         });
     for node in nodes {
         args.add("-blockdev", node.to_string());
@@ -229,7 +246,7 @@ fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootD
 }
 
 fn read_only_disk(args: &mut Arguments, path: &Path, name: &str, serial: &str) {
-    let layer = Layer { path: path.to_owned(), format: DiskFormat::Raw, block_device: false };
+    let layer = Layer::file(path.to_owned(), DiskFormat::Raw);
     let nodes = block_nodes(name, &[layer], true, |layer, _| args.file(&layer.path, false));
     for node in nodes {
         args.add("-blockdev", node.to_string());
