@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::run::{command, say};
-use crate::{bench_door, bench_family, bench_flist, bench_vmadm, bench_xcluster};
+use crate::{bench_door, bench_family, bench_flist, bench_vmadm, bench_vmm, bench_xcluster};
 
 const ROUNDS: usize = 7;
 
@@ -80,6 +80,16 @@ pub(crate) fn lodge(program: &Path, home: &Path, args: &[&str]) -> Result<String
         bail!("lodge {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Milliseconds from the last request to start a machine until this happened.
+pub(crate) fn moment(program: &Path, home: &Path, name: &str, kind: &str) -> Result<f64> {
+    let events: Value =
+        serde_json::from_str(&lodge(program, home, &["-o", "json", "timeline", name])?)?;
+    let at = |e: &Value| e["at_us"].as_f64().unwrap_or(0.0);
+    let list = events.as_array().context("a timeline")?;
+    let found = list.iter().find(|e| e["kind"] == kind).context("the moment")?;
+    Ok((at(found) - at(&list[0])) / 1000.0)
 }
 
 pub(crate) fn end(mut child: Child) -> Result<()> {
@@ -180,11 +190,7 @@ impl Bench {
 
     /// Milliseconds from the request to a moment of the last start.
     fn moment(&self, name: &str, kind: &str) -> Result<f64> {
-        let events = self.json(&["timeline", name])?;
-        let at = |e: &Value| e["at_us"].as_f64().unwrap_or(0.0);
-        let list = events.as_array().context("a timeline")?;
-        let found = list.iter().find(|e| e["kind"] == kind).context("the moment")?;
-        Ok((at(found) - at(&list[0])) / 1000.0)
+        moment(&self.lodge, &self.home, name, kind)
     }
 
     /// Tells each figure when it is known.
@@ -205,6 +211,9 @@ impl Bench {
             tell(self.many()?);
             tell(vec![self.ten()?]);
             tell(vec![self.adoption()?]);
+        }
+        if wanted("vmm") {
+            tell(bench_vmm::measure(&self.lodge, &self.home)?);
         }
         if wanted("door") {
             tell(bench_door::rows(&self.lodge, &self.home, &self.kernel)?);

@@ -6,6 +6,7 @@ mod bench_door;
 mod bench_family;
 mod bench_flist;
 mod bench_vmadm;
+mod bench_vmm;
 mod bench_xcluster;
 mod fuzz;
 mod guest;

@@ -37,8 +37,17 @@ fn kernels() -> PathBuf {
     dir
 }
 
+/// What whoever runs the tests has set for clusters of their own is not the tests'.
+fn forget_own(command: &mut Command) {
+    let meant = |name: &str| ["__", "XCLUSTER", "xcluster_"].iter().any(|p| name.starts_with(p));
+    for (name, _) in std::env::vars().filter(|(name, _)| meant(name)) {
+        command.env_remove(name);
+    }
+}
+
 /// The variables under which a kernel that was built before is found.
 pub fn kernel_variables(command: &mut Command) {
+    forget_own(command);
     let dir = kernels();
     command.env("LODGE_HOME", dir.join("home")).env("XCLUSTER_WORKSPACE", dir.join("ws"));
     command.env("HOME", &dir);
@@ -169,6 +178,7 @@ impl Xc {
         let mut all = vec!["xc"];
         all.extend(words);
         let mut command = self.lab.command(&all);
+        forget_own(&mut command);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.lab.home());
         command

@@ -143,6 +143,15 @@ fn a_disk_that_is_plugged_in_is_read() {
     lab.until("the disk", || lab.console_text("p").contains("PROBE disk0: MORE"));
 }
 
+/// Ends with the test.
+struct Server(Option<std::process::Child>);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.take().map(lodge_vm_tests::lab::end);
+    }
+}
+
 /// A server's disk, over TCP and over a socket of the host's; the hypervisor has neither.
 #[test]
 fn a_servers_disk_is_read_and_written() {
@@ -164,16 +173,18 @@ fn a_servers_disk_is_read_and_written() {
         assert!(said.contains(&source), "{said}");
         let mut server = lodge_vm_tests::lab::command("qemu-nbd");
         server.args(["--persistent", "--format=raw", "--export-name=a/b"]).args(how).arg(&image);
-        let server = server.spawn().unwrap();
+        let server = Server(Some(server.spawn().unwrap()));
         lab.until("the server", || lab.run(&["start", name]).status.success());
         lab.until("the disk", || lab.console_text(name).contains("PROBE disk0: DISK"));
         lab.type_and_see(name, "write 0 5 kept\n", "written");
         let written = || std::fs::read(&image).unwrap()[5 * 512..].starts_with(b"kept");
         lab.until("what was written", written);
-        let said = lab.fails(&["set", name, "--add-disk", &source]);
-        assert!(said.contains("NBD") || said.contains("microvm"), "{said}");
+        let more = |address: &str| lab.fails(&["set", name, "--add-disk", address]);
+        assert!(more(&source).contains("appears twice"));
+        let said = more(&source.replace("/a/b", "/other"));
+        assert!(said.contains("disks by NBD") || said.contains("microvm"), "{said}");
         // A server that goes takes nobody with it.
-        lodge_vm_tests::lab::end(server);
+        drop(server);
         let stood = lab.ticks(name);
         lab.until("ticks", || lab.ticks(name) > stood + 2);
         lab.ok(&["stop", "--force", name]);
