@@ -146,10 +146,7 @@ impl Surveyor<'_> {
         let home = self.paths.machine(machine.id);
         let own = |name: &str| home.join(format!("{name}.qcow2"));
         let top = |path: PathBuf| Layer::file(path, DiskFormat::Qcow2);
-        let elsewhere = |source: &DiskSource| {
-            matches!(source, DiskSource::Path(_) | DiskSource::Nbd(_) | DiskSource::Own(_))
-        };
-        if !elsewhere(&disk.source) {
+        if !is_in_place(&disk.source) {
             // An earlier start under a hypervisor that knows only raw disks has made it whole.
             let path = home.join(format!("{}.raw", disk.name));
             if let Ok(meta) = fs::metadata(&path) {
@@ -276,6 +273,11 @@ impl Surveyor<'_> {
         }
         places
     }
+}
+
+/// What is used where it is, without a file of the machine's own above it.
+fn is_in_place(source: &DiskSource) -> bool {
+    matches!(source, DiskSource::Path(_) | DiskSource::Nbd(_) | DiskSource::Own(_))
 }
 
 /// Files go to guests without disks in their initrd.

@@ -144,11 +144,12 @@ fn a_disk_that_is_plugged_in_is_read() {
 }
 
 /// Ends with the test.
-struct Server(Option<std::process::Child>);
+struct Server(std::process::Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.0.take().map(lodge_vm_tests::lab::end);
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -173,7 +174,7 @@ fn a_servers_disk_is_read_and_written() {
         assert!(said.contains(&source), "{said}");
         let mut server = lodge_vm_tests::lab::command("qemu-nbd");
         server.args(["--persistent", "--format=raw", "--export-name=a/b"]).args(how).arg(&image);
-        let server = Server(Some(server.spawn().unwrap()));
+        let server = Server(server.spawn().unwrap());
         lab.until("the server", || lab.run(&["start", name]).status.success());
         lab.until("the disk", || lab.console_text(name).contains("PROBE disk0: DISK"));
         lab.type_and_see(name, "write 0 5 kept\n", "written");
