@@ -169,6 +169,9 @@ pub async fn prepare(
     let config = root.order(Task::Prepare(order));
     let said = tokio::time::timeout(PREPARE, ask(&config)).await;
     let said = said.map_err(|_| "the flist's stores did not answer in time".to_owned())??;
+    for name in ["kernel", "initrd", "disk", "image"] {
+        is_plain(&out.join(name))?;
+    }
     if let (Some(made), Some(disk)) = (&disk, &root.disk) {
         let text = |e: std::io::Error| format!("{}: {e}", disk.display());
         layer::give(made, crate::survey::user_of(machine.id)).map_err(text)?;
@@ -186,6 +189,18 @@ pub async fn prepare(
     root.transport = flist.transport.unwrap_or(usual);
     root.initrd = root.found.initrd.then(|| out.join("initrd"));
     Ok(root)
+}
+
+/// What the confined process has made is opened by others from here on; one that was taken over by
+/// what it read could have made a link to somebody else's file.
+fn is_plain(path: &Path) -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.is_file() || meta.nlink() != 1 => {
+            Err(format!("{} is a link, or no file", path.display()))
+        }
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Puts the disk that an flist holds where the machine wants it. What its first disk is a layer
@@ -312,4 +327,23 @@ fn fetch(url: &str, keep: &Path) -> Result<PathBuf, String> {
         fs::write(&tag, mark).map_err(io)?;
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_not_taken_for_what_was_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, soft, hard] = ["file", "soft", "hard"].map(|name| dir.path().join(name));
+        fs::write(&file, "x").unwrap();
+        assert_eq!(is_plain(&file), Ok(()));
+        assert_eq!(is_plain(&dir.path().join("absent")), Ok(()));
+        std::os::unix::fs::symlink("file", &soft).unwrap();
+        assert!(is_plain(&soft).is_err());
+        fs::hard_link(&file, &hard).unwrap();
+        assert!(is_plain(&hard).is_err());
+        assert!(is_plain(dir.path()).is_err());
+    }
 }
