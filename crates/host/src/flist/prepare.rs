@@ -3,7 +3,6 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -144,36 +143,16 @@ fn found_whole(tree: &Tree, image: u64, order: &Order) -> Result<Found, String> 
         return Err(at("it is not a file".into()));
     }
     if let Some((to, most)) = &order.whole {
-        copy_whole(tree, image, attr.size, to, *most).map_err(at)?;
+        if attr.size == 0 || attr.size > *most {
+            let size = attr.size;
+            return Err(at(format!("it has {size} bytes, and the machine's first disk {most}")));
+        }
+        take_out(tree, image, attr.size, to).map_err(at)?;
     }
     let head = tree.read(image, 0, gpt::TABLE).map_err(|e| at(unread(e)))?;
     let whole = Some(Whole { bytes: attr.size, uefi: gpt::has_efi_system(&head) });
     let cmdline = String::new();
     Ok(Found { by_yaml: false, initrd: false, cmdline, nodefault: false, files: 0, whole })
-}
-
-/// Takes a disk out; what is zero in it is left out.
-fn copy_whole(tree: &Tree, ino: u64, size: u64, to: &Path, most: u64) -> Result<(), String> {
-    if size == 0 || size > most {
-        return Err(format!("it has {size} bytes, and the machine's first disk {most}"));
-    }
-    let text = |e: std::io::Error| format!("{}: {e}", to.display());
-    let _ = std::fs::remove_file(to);
-    let out = File::create_new(to).map_err(text)?;
-    out.set_len(size).map_err(text)?;
-    tree.bring(ino);
-    let mut at = 0;
-    while at < size {
-        let bytes = tree.read(ino, at, STEP).map_err(unread)?;
-        if bytes.is_empty() {
-            return Err("it ends early".into());
-        }
-        if bytes.iter().any(|byte| *byte != 0) {
-            out.write_all_at(&bytes, at).map_err(text)?;
-        }
-        at += bytes.len() as u64;
-    }
-    Ok(())
 }
 
 /// The inode of a path, links in it followed within the root.
@@ -214,17 +193,28 @@ fn copy(tree: &Tree, ino: u64, to: &Path) -> Result<(), String> {
     if attr.size == 0 || attr.size > MAX_BOOT_FILE {
         return Err(format!("a file of {} bytes does not boot", attr.size));
     }
+    take_out(tree, ino, attr.size, to)
+}
+
+/// Writes a file's contents to a new file; what is zero in it is left out.
+fn take_out(tree: &Tree, ino: u64, size: u64, to: &Path) -> Result<(), String> {
     let text = |e: std::io::Error| format!("{}: {e}", to.display());
     let _ = std::fs::remove_file(to);
-    let mut out = File::create_new(to).map_err(text)?;
+    let out = File::create_new(to).map_err(text)?;
     // The hypervisor has a user of its own.
     use std::os::unix::fs::PermissionsExt;
     out.set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(text)?;
+    out.set_len(size).map_err(text)?;
     tree.bring(ino);
     let mut at = 0;
-    while at < attr.size {
+    while at < size {
         let bytes = tree.read(ino, at, STEP).map_err(unread)?;
-        out.write_all(&bytes).map_err(text)?;
+        if bytes.is_empty() {
+            return Err("it ends early".into());
+        }
+        if bytes.iter().any(|byte| *byte != 0) {
+            out.write_all_at(&bytes, at).map_err(text)?;
+        }
         at += bytes.len() as u64;
     }
     Ok(())

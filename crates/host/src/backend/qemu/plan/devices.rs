@@ -6,6 +6,7 @@ use lodge_jail::Bind;
 use lodge_spec::machine::{
     Board, Boot, BootDevice, Disk, DiskBus, Firmware, Machine, Media, Nic, NicModel, Share,
 };
+use lodge_spec::nbd::Server;
 use serde_json::{Value, json};
 
 use crate::backend::{DiskFiles, DiskFormat, Layer, OpenFile, Survey};
@@ -67,21 +68,26 @@ impl Arguments {
 
     /// Hands a file over as a descriptor; returns the name by which QEMU opens it.
     fn file(&mut self, path: &Path, writable: bool) -> String {
-        let fd = self.next_fd();
-        let set = self.files.len() + 1;
+        let fd = self.open(path, writable, None);
+        let set = self.files.len();
         self.add("-add-fd", format!("fd={fd},set={set}"));
-        self.files.push(OpenFile { fd, path: path.to_owned(), writable, server: None });
-        self.kept.push(fd);
         format!("/dev/fdset/{set}")
+    }
+
+    /// Has a file or a connection opened before QEMU starts; returns its number.
+    fn open(&mut self, path: &Path, writable: bool, server: Option<Server>) -> i32 {
+        let fd = self.next_fd();
+        self.files.push(OpenFile { fd, path: path.to_owned(), writable, server });
+        self.kept.push(fd);
+        fd
     }
 
     /// Hands a layer over; returns the name by which QEMU knows it.
     fn layer(&mut self, layer: &Layer, writable: bool) -> String {
-        let Some(nbd) = &layer.remote else { return self.file(&layer.path, writable) };
-        let (fd, server) = (self.next_fd(), Some(nbd.server.clone()));
-        self.files.push(OpenFile { fd, path: layer.path.clone(), writable, server });
-        self.kept.push(fd);
-        fd.to_string()
+        match &layer.remote {
+            None => self.file(&layer.path, writable),
+            Some(nbd) => self.open(&layer.path, writable, Some(nbd.server.clone())).to_string(),
+        }
     }
 
     /// `virtio-X-pci`, or `virtio-X-device` on a board without PCI.
