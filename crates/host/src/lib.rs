@@ -7,6 +7,7 @@ pub mod escape;
 pub mod facts;
 mod fdpass;
 pub mod flist;
+pub mod frames;
 pub mod image;
 pub mod kernel_build;
 pub mod kvm;

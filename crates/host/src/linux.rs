@@ -6,20 +6,23 @@ mod change;
 mod drive;
 mod launch;
 mod live;
+mod migrate;
 pub mod objects;
+mod peer;
 mod snapshots;
 mod suspend;
 mod usage;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodge_machine::Store;
-use lodge_machine::host::{Command, Found, Host, Running, Sink};
+use lodge_machine::host::{Command, Found, Host, Leaving, Running, Sink};
 use lodge_machine::store::now_us;
 use lodge_spec::machine::{Boot, Machine};
+use lodge_spec::migration::Passport;
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::{Problem, Problems};
 use lodge_spec::request::{Change, Refusal};
@@ -245,6 +248,14 @@ impl Host for Linux {
 
     async fn discard(&self, id: MachineId) {
         self.discard_memory(id).await;
+    }
+
+    async fn depart(&self, machine: Arc<Machine>, leaving: Leaving) -> Result<(), String> {
+        self.migrate_to(&machine, leaving).await
+    }
+
+    async fn admit(&self, machine: Arc<Machine>, passport: Passport) -> Result<PathBuf, String> {
+        self.let_in(&machine, &passport).await
     }
 
     async fn change(&self, machine: Arc<Machine>, change: Change) -> Result<(), String> {

@@ -1,6 +1,7 @@
 //! Requests carried out: the one place where the keeper of machines, the host and the images are
 //! brought together. Doors call it through `Control`.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use lodge_spec::names::ImageName;
 use lodge_spec::request::{NetworkAsk, Question, Refusal, Reply, Request, Target};
 use lodge_spec::state::{Event, State};
 use serde_json::{Value, json};
+use tokio::net::unix::pipe;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc::Sender;
 
@@ -75,6 +77,22 @@ impl Answer {
             Request::Pause { target } => self.verb(&target, Verb::Pause, None).await,
             Request::Resume { target } => self.verb(&target, Verb::Resume, None).await,
             Request::Suspend { target } => self.verb(&target, Verb::Suspend, None).await,
+            Request::Migrate { target, to } => {
+                let machine = self.keeper.migrate(&target, to).await?;
+                Ok(Reply::Summary { machine })
+            }
+            Request::Expect(expected) => {
+                self.keeper.expect(*expected);
+                Ok(Reply::Done)
+            }
+            Request::Arrive(migration) => {
+                let (id, memory) = self.keeper.admit(*migration).await?;
+                let arrived = self.arrive(&id.to_string(), &memory, replies).await;
+                if arrived.is_err() {
+                    self.keeper.give_up(id).await;
+                }
+                arrived
+            }
             Request::Remove { target, force } => {
                 self.verb(&target, Verb::Remove { force }, None).await
             }
@@ -240,6 +258,24 @@ impl Answer {
     ) -> Result<Reply, Refusal> {
         let machine = self.keeper.ask(target, verb, timeout).await?;
         Ok(Reply::Summary { machine })
+    }
+
+    /// Starts a machine of another host once its memory comes.
+    async fn arrive(
+        &self,
+        target: &str,
+        memory: &Path,
+        replies: &Sender<Reply>,
+    ) -> Result<Reply, Refusal> {
+        // Held open: whoever writes while nobody else reads yet is not turned away.
+        let pipe = pipe::OpenOptions::new().open_receiver(memory).map_err(Refusal::failed)?;
+        // Whoever asked may have gone away, which shows in the next step.
+        let _ = replies.send(Reply::Document { value: json!({"memory": memory}) }).await;
+        tokio::select! {
+            comes = pipe.readable() => comes.map_err(Refusal::failed)?,
+            () = replies.closed() => return Err(Refusal::failed("its memory did not come")),
+        }
+        self.verb(target, Verb::Start, None).await
     }
 
     /// Presses the reset button; a machine whose hypervisor has none is restarted at once.

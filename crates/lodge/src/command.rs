@@ -23,7 +23,7 @@ use lodge_spec::{Bytes, document};
 use serde_json::{Value, json};
 
 use crate::plan::plan_text;
-use crate::{client, console, daemon, vmadm, xcluster};
+use crate::{client, console, daemon, receive, vmadm, xcluster};
 
 const TIMED_OUT: u8 = 124;
 
@@ -136,6 +136,8 @@ impl Session {
             Verb::Pause { name } => self.one(Request::Pause { target: name }).await,
             Verb::Resume { name } => self.one(Request::Resume { target: name }).await,
             Verb::Suspend { name } => self.one(Request::Suspend { target: name }).await,
+            Verb::Migrate { name, to } => self.one(Request::Migrate { target: name, to }).await,
+            Verb::Receive => receive::receive(&mut self.client).await,
             Verb::Rm { names, force } => {
                 for target in names {
                     self.one(Request::Remove { target, force }).await?;

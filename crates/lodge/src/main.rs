@@ -12,6 +12,7 @@ mod image;
 mod otlp;
 mod plan;
 mod pull;
+mod receive;
 mod settings;
 mod vmadm;
 mod xcluster;

@@ -2,14 +2,16 @@
 //! command what does not, and to release twice. Tests hold the keeper against it.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use lodge_spec::machine::{Accel, BackendKind, Machine};
+use lodge_spec::migration::Passport;
 use lodge_spec::names::{Mac, MachineId};
 use lodge_spec::problem::Problems;
 use lodge_spec::request::Change;
 
-use crate::host::{Command, Found, Host, Report, Running, Sink};
+use crate::host::{Command, Found, Host, Leaving, Report, Running, Sink};
 use crate::life::Seen;
 
 #[derive(Default)]
@@ -24,6 +26,10 @@ struct World {
     fail_saves: bool,
     /// Memory takes for ever to be saved.
     hold_saves: bool,
+    /// Other hosts take no machine in.
+    fail_departures: bool,
+    /// The way to other hosts has no end.
+    hold_departures: bool,
 }
 
 /// The fake. Clones share one world, as daemons after each other share a host.
@@ -49,6 +55,14 @@ impl FakeHost {
 
     pub fn hold_saves(&self, hold: bool) {
         self.world().hold_saves = hold;
+    }
+
+    pub fn fail_departures(&self, fail: bool) {
+        self.world().fail_departures = fail;
+    }
+
+    pub fn hold_departures(&self, hold: bool) {
+        self.world().hold_departures = hold;
     }
 
     /// What the keeper did that no real host would forgive.
@@ -200,6 +214,37 @@ impl Host for FakeHost {
 
     async fn discard(&self, id: MachineId) {
         self.world().saved.retain(|saved| *saved != id);
+    }
+
+    async fn depart(&self, machine: Arc<Machine>, _leaving: Leaving) -> Result<(), String> {
+        if self.world().hold_departures {
+            std::future::pending::<()>().await;
+        }
+        {
+            let mut world = self.world();
+            let fail = world.fail_departures;
+            let Some((_, _, paused)) = world.live.get_mut(&machine.id) else {
+                return Err("nothing is there".into());
+            };
+            if fail {
+                return Err("nobody takes it in".into());
+            }
+            *paused = true;
+        }
+        self.report(machine.id, Seen::Paused);
+        Ok(())
+    }
+
+    async fn admit(&self, machine: Arc<Machine>, _passport: Passport) -> Result<PathBuf, String> {
+        let mut world = self.world();
+        if world.live.contains_key(&machine.id) {
+            world.violations.push(format!("{} admitted while it lives", machine.id));
+        }
+        if world.fail_departures {
+            return Err("told to fail".into());
+        }
+        world.saved.push(machine.id);
+        Ok(PathBuf::from("/memory"))
     }
 
     async fn change(&self, _machine: Arc<Machine>, _change: Change) -> Result<(), String> {

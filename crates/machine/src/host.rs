@@ -2,9 +2,11 @@
 //! both are held to the same promises.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lodge_spec::machine::{Accel, BackendKind, Machine};
+use lodge_spec::migration::{Migration, Passport};
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::Problems;
 use lodge_spec::request::Change;
@@ -71,6 +73,14 @@ pub enum Command {
     Reset,
 }
 
+/// A machine that is to leave; its passport is still to be written.
+#[derive(Clone, Debug)]
+pub struct Leaving {
+    /// `lodge_spec::migration::Destination`.
+    pub to: String,
+    pub migration: Migration,
+}
+
 /// What became of a hypervisor while there was no daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -124,6 +134,23 @@ pub trait Host: Send + Sync + 'static {
 
     /// Deletes the saved memory. Safe to repeat.
     fn discard(&self, id: MachineId) -> impl Future<Output = ()> + Send;
+
+    /// Moves a running machine to another host. It runs there afterwards, and the hypervisor that is
+    /// still here stands still for ever. On an error the guest goes on here, but where nobody can
+    /// know whether it runs there: then it stands still, and the error says so.
+    fn depart(
+        &self,
+        machine: Arc<Machine>,
+        leaving: Leaving,
+    ) -> impl Future<Output = Result<(), String>> + Send;
+
+    /// Readies the way in for a machine that comes from another host: the pipe into which its
+    /// memory is to be written. The launch that follows goes on from there.
+    fn admit(
+        &self,
+        machine: Arc<Machine>,
+        passport: Passport,
+    ) -> impl Future<Output = Result<PathBuf, String>> + Send;
 
     /// Applies a change to a running machine; `machine` is the description after it.
     fn change(

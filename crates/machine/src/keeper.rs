@@ -8,6 +8,7 @@ use std::time::Duration;
 use lodge_spec::draft::Draft;
 use lodge_spec::extras::Mdata;
 use lodge_spec::machine::Machine;
+use lodge_spec::migration::Expected;
 use lodge_spec::names::{MachineId, Name};
 use lodge_spec::problem::nearest;
 use lodge_spec::request::{Change, Condition, OneBoot, Page, Refusal};
@@ -48,6 +49,8 @@ pub struct Keeper<H> {
     /// Identities and names that are being written; nobody else may take them meanwhile.
     creating: Mutex<HashSet<(MachineId, Name)>>,
     events: broadcast::Sender<Event>,
+    /// Machines that will come from other hosts.
+    pub(crate) expected: Mutex<Vec<Expected>>,
 }
 
 /// An identity and a name that are being written.
@@ -77,6 +80,7 @@ impl<H: Host> Keeper<H> {
             broken: RwLock::default(),
             creating: Mutex::default(),
             events: broadcast::channel(1024).0,
+            expected: Mutex::default(),
         });
         let mut taken_up = Vec::new();
         for row in store.machines().await? {
@@ -149,6 +153,7 @@ impl<H: Host> Keeper<H> {
             stop_timeout: STOP_TIMEOUT,
             this_time: None,
             suspends: None,
+            migrates: None,
             wrote_us: 0,
             told: 0,
             timers: 0,
@@ -161,27 +166,30 @@ impl<H: Host> Keeper<H> {
 
     /// Checks, writes and takes up a new machine.
     pub async fn create(self: &Arc<Self>, draft: Draft) -> Result<Summary, Refusal> {
-        let machine = self.resolve_new(draft)?;
+        let (machine, now) = (self.resolve_new(draft)?, now_us());
+        let (created_us, modified_us, life) = (now, now, Life::new());
+        let (running, bootstrap) = (None, None);
+        let record = Record { created_us, modified_us, machine, life, running, bootstrap };
+        self.take_in(record, "created").await
+    }
+
+    /// Checks, writes and takes up a machine that was not here before. `kind`: of the event.
+    pub(crate) async fn take_in(
+        self: &Arc<Self>,
+        record: Record,
+        kind: &str,
+    ) -> Result<Summary, Refusal> {
+        let machine = &record.machine;
         let invalid = |p: lodge_spec::Problems| Refusal::Invalid { problems: p.0 };
-        let checked = self.host.check(&machine, false).await.map_err(invalid);
-        let _claim = match checked.and_then(|()| self.claim(&machine)) {
+        let checked = self.host.check(machine, false).await.map_err(invalid);
+        let _claim = match checked.and_then(|()| self.claim(machine)) {
             Ok(claim) => claim,
             Err(refusal) => {
                 self.give_back(machine.id).await;
                 return Err(refusal);
             }
         };
-        self.host.settle(&machine).await.map_err(Refusal::failed)?;
-        let now = now_us();
-        let life = Life::new();
-        let record = Record {
-            created_us: now,
-            modified_us: now,
-            machine,
-            life,
-            running: None,
-            bootstrap: None,
-        };
+        self.host.settle(machine).await.map_err(Refusal::failed)?;
         let row = Row {
             id: record.machine.id.to_string(),
             name: record.machine.name.to_string(),
@@ -192,7 +200,7 @@ impl<H: Host> Keeper<H> {
             at_us: record.created_us,
             id: record.machine.id,
             name: row.name.clone(),
-            kind: "created".into(),
+            kind: kind.into(),
             detail: String::new(),
         };
         let written = self.store.write(move |c| {
@@ -259,7 +267,7 @@ impl<H: Host> Keeper<H> {
         }
     }
 
-    fn records(&self) -> Vec<Arc<Record>> {
+    pub(crate) fn records(&self) -> Vec<Arc<Record>> {
         self.machines.read().expect("not poisoned").iter().map(|(_, h)| h.record()).collect()
     }
 
@@ -275,7 +283,7 @@ impl<H: Host> Keeper<H> {
         }
     }
 
-    fn handle(&self, target: &str) -> Result<Handle, Refusal> {
+    pub(crate) fn handle(&self, target: &str) -> Result<Handle, Refusal> {
         let machines = self.machines.read().expect("not poisoned");
         // What is asked most is found without looking at every machine's identity as text.
         let by_id = target.parse().ok().and_then(|id| machines.get(id));

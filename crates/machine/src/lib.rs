@@ -12,6 +12,7 @@ pub mod life;
 pub mod record;
 pub mod store;
 
+mod migration;
 mod roster;
 mod task;
 mod wait;

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use lodge_spec::draft::Scalar;
 use lodge_spec::machine::{Boot, Machine};
+use lodge_spec::migration::{self, Migration, Passport};
 use lodge_spec::request::{Change, Refusal};
 use lodge_spec::state::{Bootstrap, Event, State};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::host::{Command, Found, Host, Mark, Report, Running, Sink, Wrote};
+use crate::host::{Command, Found, Host, Leaving, Mark, Report, Running, Sink, Wrote};
 use crate::life::{self, Action, Denied, Life, Policy, Seen, Verb};
 use crate::record::Record;
 use crate::store::{self, Row, Store, StoreError, now_us};
@@ -51,8 +52,14 @@ pub(crate) enum Message {
         unchanged_since_us: Option<i64>,
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
+    /// Moves the machine to another host.
+    Migrate {
+        to: String,
+        answer: oneshot::Sender<Result<(), Refusal>>,
+    },
     LaunchDone(Result<Running, String>),
     SaveDone(Result<(), String>),
+    MigrateDone(Result<(), String>),
     /// A timer of the given generation has run out.
     Timer(u64, Seen),
 }
@@ -74,6 +81,8 @@ pub(crate) struct Task<H> {
     pub(crate) this_time: Option<Box<Machine>>,
     /// Who waits for the memory to be saved.
     pub(crate) suspends: Option<oneshot::Sender<Result<(), Refusal>>>,
+    /// Who waits for the machine to have moved. Meanwhile it can only be ended.
+    pub(crate) migrates: Option<(String, oneshot::Sender<Result<(), Refusal>>)>,
     /// When an event last said that the guest had written.
     pub(crate) wrote_us: i64,
     /// How many events there may still be of what this guest tells of its setting up.
@@ -153,6 +162,11 @@ impl<H: Host> Task<H> {
             Message::Ask { verb, this_time, stop_timeout, answer } => {
                 self.stop_timeout = stop_timeout;
                 let state = self.record.life.state;
+                let ends = matches!(verb, Verb::Stop { force: true } | Verb::Remove { .. });
+                if let (false, Err(refusal)) = (ends, self.stays()) {
+                    let _ = answer.send(Err(refusal));
+                    return false;
+                }
                 if state == State::Suspended && this_time.is_some() {
                     // What is saved goes on as what it was.
                     let _ = answer.send(Err(self.denied(verb.as_str(), state)));
@@ -187,13 +201,29 @@ impl<H: Host> Task<H> {
                 gone
             }
             Message::Change { change, machine, answer } => {
-                let _ = answer.send(self.change(*change, *machine).await);
+                let result = match self.stays() {
+                    Ok(()) => self.change(*change, *machine).await,
+                    Err(refusal) => Err(refusal),
+                };
+                let _ = answer.send(result);
                 false
             }
             Message::Redefine { machine, unchanged_since_us, answer } => {
-                let _ = answer.send(self.redefine(*machine, unchanged_since_us).await);
+                let result = match self.stays() {
+                    Ok(()) => self.redefine(*machine, unchanged_since_us).await,
+                    Err(refusal) => Err(refusal),
+                };
+                let _ = answer.send(result);
                 false
             }
+            Message::Migrate { to, answer } => {
+                match self.migrate(&to).await {
+                    Ok(()) => self.migrates = Some((to, answer)),
+                    Err(refusal) => drop(answer.send(Err(refusal))),
+                }
+                false
+            }
+            Message::MigrateDone(done) => self.migrated(done).await,
             Message::LaunchDone(done) => match done {
                 Ok(running) => {
                     let record = Arc::make_mut(&mut self.record);
@@ -209,6 +239,60 @@ impl<H: Host> Task<H> {
             Message::Timer(generation, seen) if generation == self.timers => self.saw(seen).await,
             Message::Timer(_, _) => false,
         }
+    }
+
+    /// That it is not about to leave for another host.
+    fn stays(&self) -> Result<(), Refusal> {
+        let name = &self.record.machine.name;
+        match &self.migrates {
+            None => Ok(()),
+            Some((to, _)) => Err(Refusal::failed(format!(
+                "{name} is on its way to {to}; until it has moved it can only be ended, by force"
+            ))),
+        }
+    }
+
+    async fn migrate(&mut self, to: &str) -> Result<(), Refusal> {
+        self.stays()?;
+        let Record { machine, life, bootstrap, .. } = &*self.record;
+        if life.state != State::Running {
+            return Err(self.denied("migrate", life.state));
+        }
+        let migration = Migration {
+            version: migration::VERSION,
+            draft: machine.to_draft(),
+            ready: life.ready,
+            bootstrap: bootstrap.clone(),
+            passport: Passport::default(),
+        };
+        let leaving = Leaving { to: to.to_owned(), migration };
+        let (host, own, machine) = (self.host.clone(), self.own.clone(), self.machine());
+        tokio::spawn(async move {
+            let result = host.depart(machine, leaving).await;
+            let _ = own.send(Box::new(Message::MigrateDone(result)));
+        });
+        self.note(Mark { kind: "migrate".into(), detail: to.to_owned(), at_us: None }).await;
+        Ok(())
+    }
+
+    /// True once the machine is forgotten.
+    async fn migrated(&mut self, done: Result<(), String>) -> bool {
+        let Some((to, answer)) = self.migrates.take() else { return false };
+        let (result, gone) = match done {
+            Ok(()) => match life::ask(&self.record.life, Verb::Remove { force: true }) {
+                Ok((next, actions)) => {
+                    self.take(next, actions, Some(("migrated".into(), to))).await
+                }
+                Err(Denied { verb, state }) => (Err(self.denied(verb.as_str(), state)), false),
+            },
+            Err(why) => {
+                let (kind, detail) = ("migrate-failed".to_owned(), why.clone());
+                self.note(Mark { kind, detail, at_us: None }).await;
+                (Err(Refusal::failed(why)), false)
+            }
+        };
+        let _ = answer.send(result);
+        gone
     }
 
     fn denied(&self, verb: &str, state: State) -> Refusal {

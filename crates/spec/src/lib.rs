@@ -12,6 +12,7 @@ pub mod draft;
 pub mod extras;
 pub mod flist;
 pub mod machine;
+pub mod migration;
 pub mod names;
 pub mod nbd;
 pub mod ports;

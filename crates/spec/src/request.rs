@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::draft::{DiskDraft, Draft, NicDraft, PortDraft};
 use crate::machine::Segment;
+use crate::migration::{Expected, Migration};
 use crate::names::{ImageName, MachineId, NetName};
 use crate::problem::Problem;
 use crate::state::{Detail, Event, State, Summary, Usage};
@@ -58,6 +59,17 @@ pub enum Request {
     Suspend {
         target: Target,
     },
+    /// Moves a running machine to another host, where its guest goes on; ends when it is gone here.
+    Migrate {
+        target: Target,
+        /// `migration::Destination`.
+        to: String,
+    },
+    /// What to do differently for a machine that will come from another host.
+    Expect(Box<Expected>),
+    /// Takes in a machine that comes from another host: a document with `memory`, a pipe into which
+    /// its memory is to be written, then, when it runs here, a `Summary`.
+    Arrive(Box<Migration>),
     Remove {
         target: Target,
         force: bool,

@@ -11,6 +11,7 @@ pub mod lab;
 pub mod metald;
 pub mod python;
 pub mod rfb;
+pub mod ssh;
 pub mod vmadm;
 pub mod xcluster;
 pub mod zero_os;

@@ -83,6 +83,19 @@ pub enum Verb {
     /// Save a machine's memory to the disk and end it; its next start goes on there.
     #[command(after_help = "Example:\n  lodge suspend web\n  lodge start web")]
     Suspend { name: String },
+    /// Move a running machine to another host, over SSH; its guest runs on.
+    ///
+    /// Lodge runs there, and both hosts see its disks: files in a shared folder, or `nbd://`.
+    #[command(after_help = "Example:\n  lodge migrate web ssh://root@10.0.0.2\n  \
+        lodge migrate web 'qemu+ssh://root@10.0.0.2/system?keyfile=/root/.ssh/move'")]
+    Migrate {
+        name: String,
+        /// ssh://[USER@]HOST[:PORT][?keyfile=PATH&known_hosts=PATH]
+        to: String,
+    },
+    /// What another host's `migrate` runs here, over SSH.
+    #[command(hide = true)]
+    Receive,
     /// Remove machines and their disks.
     #[command(after_help = "Example:\n  lodge rm web --force")]
     Rm {

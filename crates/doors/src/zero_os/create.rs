@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use lodge_spec::draft::{
-    CpusDraft, DiskDraft, Draft, FileDraft, MemoryDraft, OriginDraft, ShareDraft,
+    CpusDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, OriginDraft, PortDraft,
+    ShareDraft,
 };
 use lodge_spec::flist::{self, FlistDraft};
 use lodge_spec::nbd::Nbd;
@@ -15,12 +16,15 @@ use super::jobs::Failure;
 use super::nics::{self, Nic};
 use super::{DOOR, Settings};
 
+/// Ports of the guest by those of the host.
+pub(super) type Ports = BTreeMap<String, u32>;
+
 /// What machines were asked for, kept and given back.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Params {
     pub(super) nics: Vec<Nic>,
-    pub(super) port: Option<BTreeMap<String, u32>>,
+    pub(super) port: Option<Ports>,
     pub(super) name: String,
     pub(super) cpu: i64,
     pub(super) memory: i64,
@@ -74,6 +78,31 @@ pub(super) fn params(arguments: &Value, tags: Option<&[String]>) -> Result<Param
     params.tags = tags.map(<[String]>::to_vec);
     check(&params)?;
     Ok(params)
+}
+
+/// The interfaces and ports that a machine is to have on another host.
+pub(super) fn ways(arguments: &Value) -> Result<(Vec<Nic>, Option<Ports>), Failure> {
+    fn read<T: serde::de::DeserializeOwned>(value: &Value) -> Result<T, Failure> {
+        serde_json::from_value(value.clone()).map_err(|e| Failure::new(e.to_string()))
+    }
+    let nics = read::<Option<Vec<Nic>>>(&arguments["nics"])?.unwrap_or_default();
+    nics::check(&nics)?;
+    Ok((nics, read(&arguments["port"])?))
+}
+
+/// What interfaces and ports mean here.
+pub(super) fn network(
+    nics: &[Nic],
+    port: Option<&Ports>,
+    sequence: u16,
+    settings: &Settings,
+) -> Result<(Vec<NicDraft>, Vec<PortDraft>), Failure> {
+    // Without the default network there is nothing that a port could lead to.
+    let default = nics.iter().any(|nic| nic.kind == "default");
+    let nics = nics.iter().map(|nic| nics::draft(nic, sequence, &settings.networks));
+    let ports = port.into_iter().flatten().filter(|_| default);
+    let ports = ports.map(|(host, guest)| nics::port(host, *guest));
+    Ok((nics.collect::<Result<_, _>>()?, ports.collect::<Result<_, _>>()?))
 }
 
 fn check(params: &Params) -> Result<(), Failure> {
@@ -146,13 +175,7 @@ pub(super) fn draft(
 ) -> Result<Draft, Failure> {
     let media = params.media.iter().flatten().enumerate();
     let disks: Vec<DiskDraft> = media.map(|(i, media)| disk(media, i)).collect::<Result<_, _>>()?;
-    let nics = params.nics.iter().map(|nic| nics::draft(nic, sequence, &settings.networks));
-    let nics = nics.collect::<Result<Vec<_>, _>>()?;
-    // Without the default network there is nothing that a port could lead to.
-    let default = params.nics.iter().any(|nic| nic.kind == "default");
-    let ports = params.port.iter().flatten().filter(|_| default);
-    let ports =
-        ports.map(|(host, guest)| nics::port(host, *guest)).collect::<Result<Vec<_>, _>>()?;
+    let (nics, ports) = network(&params.nics, params.port.as_ref(), sequence, settings)?;
     let shares = params.mount.iter().flatten().map(|mount| ShareDraft {
         source: Some(mount.source.clone()),
         tag: Some(mount.target.clone()),

@@ -19,13 +19,14 @@ pub(super) const JOB: &str = "kvm.events";
 /// The words of that system for one of ours: event and detail.
 fn words(event: &Event) -> Option<(&'static str, &'static str)> {
     Some(match event.kind.as_str() {
-        "created" => ("defined", "added"),
+        "created" | "arrives" => ("defined", "added"),
         "redefined" | "changed" => ("defined", "updated"),
         "removed" => ("undefined", "removed"),
         "running" => ("started", "booted"),
         "paused" => ("suspended", "paused"),
         "resumed" => ("resumed", "unpaused"),
         "stop" => ("shutdown", "finished"),
+        "migrated" => ("stopped", "migrated"),
         "exited" => ("stopped", "shutdown"),
         "failed" => ("stopped", "crashed"),
         _ => return None,
@@ -40,6 +41,8 @@ impl<C: Control> Door<C> {
         // What machines are called here, for when they are gone.
         let mut names: BTreeMap<MachineId, String> = BTreeMap::new();
         let mut running: BTreeSet<MachineId> = BTreeSet::new();
+        // Those that come from another host, and those that have left for one.
+        let (mut arriving, mut left) = (BTreeSet::new(), BTreeSet::new());
         let request = Request::Events { target: None, follow: true, past: false };
         let mut replies = self.hear(request);
         while let Some(reply) = replies.recv().await {
@@ -54,6 +57,14 @@ impl<C: Control> Door<C> {
                 },
             };
             let mut all = vec![words];
+            match event.kind.as_str() {
+                "arrives" => drop(arriving.insert(event.id)),
+                "running" if arriving.remove(&event.id) => all = vec![("started", "migrated")],
+                "migrated" => drop(left.insert(event.id)),
+                // It has stopped already.
+                "exited" if left.remove(&event.id) => continue,
+                _ => {}
+            }
             match words.0 {
                 "started" => drop(running.insert(event.id)),
                 "stopped" => drop(running.remove(&event.id)),

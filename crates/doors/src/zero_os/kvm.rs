@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use lodge_spec::draft::Draft;
+use lodge_spec::migration::Expected;
 use lodge_spec::request::{Change, Page, Refusal, Reply, Request};
 use lodge_spec::state::Usage;
 use serde_json::{Value, json};
@@ -110,9 +111,11 @@ impl<C: Control> Door<C> {
             "kvm.remove_nic" => self.remove_nic(arguments).await,
             "kvm.portforward-add" => self.port(arguments, true).await,
             "kvm.portforward-remove" => self.port(arguments, false).await,
-            "kvm.migrate" | "kvm.prepare_migration_target" => {
-                Err(Failure::new("machines are not moved between hosts"))
+            "kvm.migrate" => {
+                let to = text(arguments, "desturi");
+                self.verb(arguments, |target| Request::Migrate { target, to }).await
             }
+            "kvm.prepare_migration_target" => self.prepare(arguments).await,
             "kvm.limit_disk_io" => self.limit_disk_io(arguments).await,
             "kvm.create-image" => self.create_image(arguments).await,
             "kvm.convert-image" => self.convert_image(arguments).await,
@@ -449,6 +452,20 @@ impl<C: Control> Door<C> {
                 Err(Failure::new(format!("no port forwrard from host port: {number}")))
             }
         }
+    }
+
+    /// Notes what a machine that will come from another host has here.
+    async fn prepare(&self, arguments: &Value) -> Done {
+        let wrong = |what: &str| Failure::new(format!("{what} is a required parameter"));
+        let id = text(arguments, "uuid").parse().map_err(|_| wrong("UUID"))?;
+        let (nics, port) = create::ways(arguments)?;
+        let sequence = 0;
+        let (drafts, ports) = create::network(&nics, port.as_ref(), sequence, &self.settings)?;
+        let networks = drafts.iter().filter_map(|nic| nic.network.as_deref()?.parse().ok());
+        let networks = networks.collect();
+        let document = [("/params/nics", json!(nics)), ("/params/port", json!(port))];
+        let document = document.map(|(at, value)| (at.to_owned(), value)).into();
+        self.done(Request::Expect(Box::new(Expected { id, networks, ports, document }))).await
     }
 
     /// Writes down what a machine has now.

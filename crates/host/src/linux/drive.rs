@@ -58,7 +58,7 @@ pub(super) async fn reach(launch: &Launch, begin: bool) -> Result<(Drive, Told),
             if let (true, Some(folder)) = (begin, &launch.memory) {
                 let path = folder.join(QEMU_MEMORY);
                 let refused = |why: String| Unreached { why, refused: true };
-                let file = std::fs::File::open(&path);
+                let file = open_memory(&path);
                 let file = file.map_err(|e| refused(format!("{}: {e}", path.display())))?;
                 control.load(&file, &mut events).await.map_err(|error| match error {
                     // Its last words say more.
@@ -78,6 +78,15 @@ pub(super) async fn reach(launch: &Launch, begin: bool) -> Result<(Drive, Told),
             Ok((Drive::CloudHypervisor(cloud_hypervisor::control::Control::new(&socket)), None))
         }
     }
+}
+
+/// A file, or a pipe from another host. Nobody waits for one who has already gone.
+fn open_memory(path: &std::path::Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = std::fs::File::options().read(true).custom_flags(nonblock).open(path)?;
+    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty())?;
+    Ok(file)
 }
 
 async fn call(api: &Api, launch: &Launch, begin: bool) -> Result<(), ApiError> {

@@ -31,6 +31,12 @@ fn note(home: &Path) -> PathBuf {
     home.join("memory.json")
 }
 
+/// Writes down which launches the memory fits.
+pub(super) fn note_shape(home: &Path, shape: Vec<String>) -> io::Result<()> {
+    let text = serde_json::to_vec(&Kept { shape })?;
+    paths::write_private(&note(home), &text)
+}
+
 impl Linux {
     /// Stops the guest and writes its memory.
     pub(super) async fn save_memory(&self, machine: &Machine) -> Result<(), String> {
@@ -43,20 +49,16 @@ impl Linux {
         let home = self.paths.machine(machine.id);
         let choice = self.plan_in(machine, &home, true).await.map_err(|p| p.to_string())?;
         let next = choice.chosen().map_err(|list| Self::unsupported(&list).to_string())?;
-        if let Some(what) = difference(&live.launch.shape, &next.shape) {
+        if let Some((then, now)) = difference(&live.launch.shape, &next.shape) {
             return Err(format!(
                 "it could not go on where it was, because its next start differs from this one \
-                 ({what}); restart it first"
+                 ({then} then, {now} now); restart it first"
             ));
         }
         self.discard_memory(machine.id).await;
         let ran = matches!(live.drive.stands().await, Stands::Running);
         let saved = match write(&live, &home).await {
-            Ok(()) => {
-                let kept = Kept { shape: next.shape };
-                let text = serde_json::to_vec(&kept).map_err(|e| e.to_string())?;
-                paths::write_private(&note(&home), &text).map_err(|e| e.to_string())
-            }
+            Ok(()) => note_shape(&home, next.shape).map_err(|e| e.to_string()),
             Err(why) => Err(why),
         };
         if saved.is_err() {
@@ -87,10 +89,10 @@ impl Linux {
         };
         let text = text.map_err(|e| gone(&e))?;
         let kept: Kept = serde_json::from_slice(&text).map_err(|e| gone(&e))?;
-        if let Some(what) = difference(&kept.shape, &launch.shape) {
+        if let Some((then, now)) = difference(&kept.shape, &launch.shape) {
             return Err(format!(
-                "it was suspended as another machine than it would be started as now ({what}); \
-                 `stop --force` gives its memory up"
+                "it was suspended as another machine than it would be started as now ({then} then, \
+                 {now} now); `stop --force` gives its memory up"
             ));
         }
         launch.go_on(&home);
@@ -164,14 +166,12 @@ fn empty(folder: &Path) {
     }
 }
 
-/// The first thing that differs.
-fn difference(then: &[String], now: &[String]) -> Option<String> {
-    let absent = || "nothing".to_owned();
-    (0..then.len().max(now.len())).find_map(|i| {
-        let (then, now) = (then.get(i), now.get(i));
-        let text = |part: Option<&String>| part.cloned().unwrap_or_else(absent);
-        (then != now).then(|| format!("{} then, {} now", text(then), text(now)))
-    })
+/// The first thing that differs, as it is in both.
+pub(super) fn difference(one: &[String], other: &[String]) -> Option<(String, String)> {
+    let text = |part: Option<&String>| part.cloned().unwrap_or_else(|| "nothing".to_owned());
+    let pairs = (0..one.len().max(other.len())).map(|i| (one.get(i), other.get(i)));
+    let mut differing = pairs.filter(|(one, other)| one != other);
+    differing.next().map(|(one, other)| (text(one), text(other)))
 }
 
 #[cfg(test)]
@@ -183,8 +183,8 @@ mod tests {
         let list = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(difference(&list("a b"), &list("a b")), None);
         let found = difference(&list("a b"), &list("a c"));
-        assert_eq!(found.as_deref(), Some("b then, c now"));
+        assert_eq!(found, Some(("b".into(), "c".into())));
         let found = difference(&list("a"), &list("a c"));
-        assert_eq!(found.as_deref(), Some("nothing then, c now"));
+        assert_eq!(found, Some(("nothing".into(), "c".into())));
     }
 }

@@ -10,6 +10,7 @@ mod devices;
 mod faults;
 mod lifecycle;
 mod metald;
+mod migration;
 mod network;
 mod probe;
 mod rootless;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use lodge_vm_tests::lab::wait_for_text;
 use lodge_vm_tests::{Lab, assets, need};
 
-fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> String {
+pub(crate) fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> String {
     let kernel = assets::probe();
     let text = format!(
         "name: {name}\nbackend: qemu\nboard: {board}\naccel: {accel}\nmemory: 64MiB\n\
@@ -20,7 +20,7 @@ fn document(lab: &Lab, name: &str, board: &str, accel: &str, more: &str) -> Stri
 }
 
 /// A datagram there and back.
-fn echo(port: u16) {
+pub(crate) fn echo(port: u16) {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let mut back = [0; 64];
