@@ -10,6 +10,7 @@ pub mod grub;
 pub mod iso9660;
 pub mod kernel;
 pub mod mdata;
+pub mod nbd;
 pub mod qcow2;
 pub mod sniff;
 pub mod tree;

@@ -19,7 +19,7 @@ use lodge_spec::draft::GuardDraft;
 use lodge_spec::extras::{Guard, Lease};
 use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Peers, Port, Protocol, Segment};
 use lodge_spec::names::Mac;
-use lodge_spec::nbd::{Nbd, Server};
+use lodge_spec::remote::Remote;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -92,6 +92,11 @@ impl Launch {
             && let Some(store) = &mut root.config.store
         {
             *store = crate::flist::store::without_secret(store);
+        }
+        for file in &mut self.warden.files {
+            if let Some(Remote::Zdb(zdb)) = &mut file.server {
+                zdb.url = zdb.shown();
+            }
         }
     }
 }
@@ -338,7 +343,7 @@ pub struct OpenFile {
     pub writable: bool,
     /// A connection to this instead.
     #[serde(default)]
-    pub server: Option<Server>,
+    pub server: Option<Remote>,
 }
 
 /// A Unix socket to listen on; the hypervisor accepts.
@@ -538,7 +543,7 @@ pub struct Layer {
     pub path: PathBuf,
     pub format: DiskFormat,
     pub block_device: bool,
-    pub remote: Option<Nbd>,
+    pub remote: Option<Remote>,
 }
 
 impl Layer {
@@ -547,9 +552,9 @@ impl Layer {
     }
 
     /// What a server's disk holds is taken as it is.
-    pub fn remote(nbd: &Nbd) -> Self {
-        let path = nbd.to_string().into();
-        Self { remote: Some(nbd.clone()), ..Self::file(path, DiskFormat::Raw) }
+    pub fn remote(remote: &Remote) -> Self {
+        let path = remote.shown().into();
+        Self { remote: Some(remote.clone()), ..Self::file(path, DiskFormat::Raw) }
     }
 }
 

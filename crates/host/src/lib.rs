@@ -16,6 +16,7 @@ mod mdata;
 pub mod net;
 pub mod paths;
 pub mod proc;
+pub mod remote;
 pub mod rootfs;
 pub mod shacache;
 pub mod survey;

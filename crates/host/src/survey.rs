@@ -165,7 +165,7 @@ impl Surveyor<'_> {
         };
         match &disk.source {
             DiskSource::Path(path) => plain(p, layer::look(path)),
-            DiskSource::Nbd(nbd) => files(vec![Layer::remote(nbd)], 0),
+            DiskSource::Remote(remote) => files(vec![Layer::remote(remote)], 0),
             DiskSource::Own(name) => plain(p, self.own_file(machine.id, name)),
             // Before the machine itself is made, it lies elsewhere.
             DiskSource::Flist => plain(p, layer::look(self.root.as_ref()?.disk.as_ref()?)),
@@ -277,7 +277,7 @@ impl Surveyor<'_> {
 
 /// What is used where it is, without a file of the machine's own above it.
 fn is_in_place(source: &DiskSource) -> bool {
-    matches!(source, DiskSource::Path(_) | DiskSource::Nbd(_) | DiskSource::Own(_))
+    matches!(source, DiskSource::Path(_) | DiskSource::Remote(_) | DiskSource::Own(_))
 }
 
 /// Files go to guests without disks in their initrd.

@@ -445,7 +445,7 @@ impl Answer {
             list.extend(record.machine.disks.iter().filter_map(|d| match &d.source {
                 DiskSource::Image { image, .. } => Some((image.clone(), name.clone())),
                 DiskSource::Path(_)
-                | DiskSource::Nbd(_)
+                | DiskSource::Remote(_)
                 | DiskSource::Own(_)
                 | DiskSource::Above(_)
                 | DiskSource::Blank { .. }

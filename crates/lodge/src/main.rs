@@ -22,6 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use lodge_host::image::convert;
+use lodge_host::remote::zdb;
 use lodge_host::trial;
 
 fn main() -> ExitCode {
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         (Some(lodge_host::flist::server::WORD), Some(_), None) => {
             return lodge_host::flist::server::main();
         }
+        (Some(zdb::WORD), None, None) => return zdb::main(),
         (Some(convert::WORD), Some(format), None) => return convert::main(format),
         (Some("netd"), Some(dir), Some(name)) => {
             return lodge_host::net::keeper::main(Path::new(dir), name);

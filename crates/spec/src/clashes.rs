@@ -26,7 +26,7 @@ pub(crate) fn check_clashes(
     let writable = disks.iter().filter(|d| !d.read_only).filter_map(|d| match &d.source {
         DiskSource::Path(path) => Some(path.display().to_string()),
         DiskSource::Own(path) => Some(extras::own_text(path)),
-        DiskSource::Nbd(nbd) => Some(nbd.to_string()),
+        DiskSource::Remote(remote) => Some(remote.shown()),
         DiskSource::Above(_)
         | DiskSource::Image { .. }
         | DiskSource::Blank { .. }

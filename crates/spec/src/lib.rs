@@ -17,12 +17,14 @@ pub mod names;
 pub mod nbd;
 pub mod ports;
 pub mod problem;
+pub mod remote;
 pub mod request;
 pub mod resolve;
 mod schema;
 pub mod state;
 pub mod throttle;
 pub mod units;
+pub mod zdb;
 
 pub use draft::Draft;
 pub use machine::Machine;

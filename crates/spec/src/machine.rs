@@ -14,7 +14,7 @@ use crate::draft::{
 use crate::extras::{self, Bootstrap, Display, Guard, Lease, Mdata, Smbios};
 use crate::flist::Flist;
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
-use crate::nbd::Nbd;
+use crate::remote::Remote;
 use crate::throttle::DiskLimits;
 use crate::units::Bytes;
 
@@ -116,7 +116,7 @@ pub enum DiskSource {
     /// A file or block device of the host, used in place.
     Path(PathBuf),
     /// A server's disk, used in place.
-    Nbd(Nbd),
+    Remote(Remote),
     /// A file in the machine's own folder, used in place; relative to that folder.
     Own(PathBuf),
     /// A layer of the machine's own above a file of the host, which is only read.
@@ -369,7 +369,7 @@ impl Machine {
             Some(DiskSource::Image { size, .. }) => size.map(text_size),
             Some(
                 DiskSource::Path(_)
-                | DiskSource::Nbd(_)
+                | DiskSource::Remote(_)
                 | DiskSource::Own(_)
                 | DiskSource::Above(_)
                 | DiskSource::Blank { .. }
@@ -479,7 +479,7 @@ fn disk_to_draft(disk: &Disk) -> DiskDraft {
     let Disk { name, source, bus, media, read_only, serial, first, limits } = disk;
     let (path, image, size) = match source {
         DiskSource::Own(path) => (Some(extras::own_text(path)), None, None),
-        DiskSource::Nbd(nbd) => (Some(nbd.to_string()), None, None),
+        DiskSource::Remote(remote) => (Some(remote.to_string()), None, None),
         DiskSource::Path(path) | DiskSource::Above(path) => (Some(path_text(path)), None, None),
         DiskSource::Image { image, size } => (None, Some(image.to_string()), *size),
         DiskSource::Blank { size } => (None, None, Some(*size)),

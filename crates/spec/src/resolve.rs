@@ -21,8 +21,8 @@ use crate::machine::{
     Memory, Nic, NicModel, Origin, Port, RateLimit, Readiness, Restart, RestartPolicy, Share,
 };
 use crate::names::{DeviceName, ImageName, Mac, MachineId, Name};
-use crate::nbd::Nbd;
 use crate::problem::Problems;
+use crate::remote::Remote;
 use crate::throttle::DiskLimits;
 use crate::units::Bytes;
 
@@ -307,11 +307,11 @@ fn resolve_disk(p: &mut Problems, i: usize, draft: DiskDraft) -> Option<Disk> {
         (Some(path), None, None) if path.starts_with(extras::OWN) => {
             DiskSource::Own(p.take(&at("source"), extras::own_path(&path))?)
         }
-        (Some(address), None, None) if Nbd::is_meant(&address) => {
+        (Some(address), None, None) if Remote::is_meant(&address) => {
             if layered == Some(true) || media == Media::Cdrom {
-                p.add(at("source"), "a disk by NBD is a whole disk, used in place");
+                p.add(at("source"), "a disk of a server is a whole disk, used in place");
             }
-            DiskSource::Nbd(p.take(&at("source"), address.parse())?)
+            DiskSource::Remote(p.take(&at("source"), address.parse())?)
         }
         (Some(path), None, None) if layered == Some(true) => {
             DiskSource::Above(host_path(p, &at("source"), path))

@@ -136,8 +136,14 @@ pub struct Usage {
     pub cpu_percent: f64,
     pub memory_bytes: u64,
     pub uptime_ms: u64,
+    /// Nanoseconds of processor time of each virtual CPU that is online.
+    pub cpus_ns: Vec<u64>,
+    /// Of all disks, and of each.
     pub disk: Traffic,
+    pub disks: Vec<Device>,
+    /// Of all interfaces, and of each.
     pub network: Traffic,
+    pub nics: Vec<Device>,
     /// Control socket of the hypervisor.
     pub socket: Option<String>,
     pub interface: Option<Interface>,
@@ -150,6 +156,15 @@ pub struct Traffic {
     pub out_bytes: u64,
     pub in_operations: u64,
     pub out_operations: u64,
+}
+
+/// What one device has carried.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// A disk's name, or that of an interface's end on the host; empty where the hypervisor tells
+    /// of all its disks at once.
+    pub name: String,
+    pub traffic: Traffic,
 }
 
 /// A machine's first interface.

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use lodge_spec::draft::{
     BootDraft, BootstrapDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, PortDraft, Size,
 };
-use lodge_spec::nbd::Nbd;
+use lodge_spec::remote::Remote;
 
 /// Describe, build, boot, confine and look after virtual machines.
 #[derive(Debug, Parser)]
@@ -402,7 +402,7 @@ pub fn disk_of(text: &str) -> DiskDraft {
         Some(path) => (path, Some(true)),
         None => (text, None),
     };
-    let source = match Nbd::is_meant(path) {
+    let source = match Remote::is_meant(path) {
         true => path.to_owned(),
         false => absolute(path.as_ref()),
     };

@@ -7,7 +7,7 @@ use lodge_spec::draft::{
     ShareDraft,
 };
 use lodge_spec::flist::{self, FlistDraft};
-use lodge_spec::nbd::Nbd;
+use lodge_spec::remote::Remote;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -128,11 +128,11 @@ pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
     let source = match media.url.split_once("://") {
         None => media.url.clone(),
         Some(("file", path)) => path.to_owned(),
-        Some(_) if Nbd::is_meant(&media.url) => media.url.clone(),
+        Some(_) if Remote::is_meant(&media.url) => media.url.clone(),
         Some((scheme, _)) => {
             return Err(Failure::new(format!(
                 "media of the kind {scheme}:// is not supported; give the path of a file or a block \
-                 device, or nbd://HOST/NAME"
+                 device, nbd://HOST/NAME, or zdb://HOST?size=SIZE"
             )));
         }
     };

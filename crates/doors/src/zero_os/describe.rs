@@ -1,6 +1,6 @@
 //! Machines and what they use, in that system's words.
 
-use lodge_spec::state::{Detail, State, Usage};
+use lodge_spec::state::{Detail, Device, State, Usage};
 use serde_json::{Value, json};
 
 use super::create::{Kept, Params};
@@ -28,6 +28,15 @@ impl Machine {
             sequence,
             params,
         })
+    }
+
+    /// The Ethernet address of an interface, where it is known here.
+    pub(super) fn mac(&self, index: usize) -> Option<String> {
+        let nic = self.params.nics.get(index)?;
+        match nic.kind.as_str() {
+            "default" => Some(nics::mac(self.sequence)),
+            _ => Some(nic.hwaddr.clone()).filter(|mac| !mac.is_empty()),
+        }
     }
 
     /// What `kvm.list` and `kvm.get` say. `taps`: names of its interfaces on the host.
@@ -65,29 +74,28 @@ fn state(state: State) -> &'static str {
 
 /// What `kvm.info` says.
 pub(super) fn info(machine: &Machine, usage: &Usage) -> Value {
-    let cpus = machine.params.cpu.max(1) as u64;
     let running = i64::from(machine.state == State::Running);
-    let vcpu: Vec<Value> =
-        (0..cpus).map(|_| json!({"State": running, "Time": usage.cpu_ns / cpus})).collect();
-    let net = usage.interface.as_ref().map(|interface| {
+    let vcpu = usage.cpus_ns.iter().map(|time| json!({"State": running, "Time": time}));
+    let net = usage.nics.iter().map(|Device { name, traffic }| {
         json!({
-            "Name": interface.tap,
-            "RxBytes": usage.network.in_bytes, "RxPkts": usage.network.in_operations,
-            "RxErrs": 0, "RxDrop": 0,
-            "TxBytes": usage.network.out_bytes, "TxPkts": usage.network.out_operations,
-            "TxErrs": 0, "TxDrop": 0,
+            "Name": name,
+            "RxBytes": traffic.in_bytes, "RxPkts": traffic.in_operations, "RxErrs": 0, "RxDrop": 0,
+            "TxBytes": traffic.out_bytes, "TxPkts": traffic.out_operations, "TxErrs": 0, "TxDrop": 0,
         })
     });
-    let block = machine.params.media.iter().flatten().next().map(|_| {
+    let block = usage.disks.iter().map(|Device { name, traffic }| {
         json!({
-            "Name": "vda",
-            "RdBytes": usage.disk.in_bytes, "RdTimes": usage.disk.in_operations,
-            "WrBytes": usage.disk.out_bytes, "WrTimes": usage.disk.out_operations,
+            "Name": disk_name(name),
+            "RdBytes": traffic.in_bytes, "RdTimes": traffic.in_operations,
+            "WrBytes": traffic.out_bytes, "WrTimes": traffic.out_operations,
         })
     });
-    json!({"Vcpu": vcpu, "Net": list(net), "Block": list(block)})
+    let all = [vcpu.collect::<Vec<_>>(), net.collect(), block.collect()];
+    let [vcpu, net, block] = all;
+    json!({"Vcpu": vcpu, "Net": net, "Block": block})
 }
 
-fn list(one: Option<Value>) -> Vec<Value> {
-    one.into_iter().collect()
+/// Where a hypervisor tells of all disks at once, they go by the first one's name.
+pub(super) fn disk_name(name: &str) -> &str {
+    if name.is_empty() { "vda" } else { name }
 }

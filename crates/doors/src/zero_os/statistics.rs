@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lodge_spec::state::{State, Usage};
+use lodge_spec::state::{Device, State, Usage};
 use serde_json::{Value, json};
 
-use super::describe::Machine;
-use super::{Door, nics};
+use super::Door;
+use super::describe::{self, Machine};
 use crate::control::Control;
 
 /// How often machines are looked at while nobody asks.
@@ -100,6 +100,13 @@ impl Series {
     }
 }
 
+/// A part of a machine that has numbers of its own.
+struct Part<'a> {
+    id: &'a str,
+    tag: &'static str,
+    value: &'a str,
+}
+
 /// All machines' series: by identity, then by metric and name.
 #[derive(Default)]
 pub(super) struct Statistics(Mutex<HashMap<String, BTreeMap<String, Series>>>);
@@ -109,32 +116,39 @@ impl Statistics {
         let mut all = self.0.lock().expect("not poisoned");
         let series = all.entry(machine.uuid.clone()).or_default();
         let name = machine.name.as_str();
-        let mut put = |metric: &str, within: Option<(&str, &str)>, op: Op, value: f64| {
-            let id = within.map_or(name.to_owned(), |(part, _)| format!("{name}.{part}"));
+        let mut put = |metric: &str, part: Option<Part<'_>>, op: Op, value: f64| {
+            let id = part.as_ref().map_or(name.to_owned(), |p| format!("{name}.{}", p.id));
             let known = series.entry(format!("{metric}/{id}")).or_insert_with(|| {
                 let mut tags = vec![("type", "virt".to_owned()), ("id", id)];
-                tags.extend(within.map(|(_, device)| ("name", device.to_owned())));
+                tags.extend(part.map(|p| (p.tag, p.value.to_owned())));
                 Series::new(op, tags)
             });
             known.take(value, now);
         };
         put("kvm.memory.max", None, Op::Average, machine.params.memory as f64 * 1.024);
         put("kvm.cpu.time", None, Op::Difference, usage.cpu_ns as f64 / 1e9);
-        if let Some(interface) = &usage.interface {
-            let mac = nics::mac(machine.sequence);
-            let at = Some((mac.as_str(), interface.tap.as_str()));
-            let net = &usage.network;
-            put("kvm.net.rxbytes", at, Op::Difference, net.in_bytes as f64);
-            put("kvm.net.rxpackets", at, Op::Difference, net.in_operations as f64);
-            put("kvm.net.txbytes", at, Op::Difference, net.out_bytes as f64);
-            put("kvm.net.txpackets", at, Op::Difference, net.out_operations as f64);
+        for (number, time) in usage.cpus_ns.iter().enumerate() {
+            let number = number.to_string();
+            let at = || Some(Part { id: &number, tag: "nr", value: &number });
+            let running = f64::from(u8::from(machine.state == State::Running));
+            put("kvm.vcpu.state", at(), Op::Average, running);
+            put("kvm.vcpu.time", at(), Op::Difference, *time as f64 / 1e9);
         }
-        if machine.params.media.as_ref().is_some_and(|m| !m.is_empty()) {
-            let (at, disk) = (Some(("vda", "vda")), &usage.disk);
-            put("kvm.disk.rdbytes", at, Op::Difference, disk.in_bytes as f64);
-            put("kvm.disk.iops.read", at, Op::Difference, disk.in_operations as f64);
-            put("kvm.disk.wrbytes", at, Op::Difference, disk.out_bytes as f64);
-            put("kvm.disk.iops.write", at, Op::Difference, disk.out_operations as f64);
+        for (i, Device { name: tap, traffic: net }) in usage.nics.iter().enumerate() {
+            let mac = machine.mac(i).unwrap_or_else(|| tap.clone());
+            let at = || Some(Part { id: &mac, tag: "name", value: tap });
+            put("kvm.net.rxbytes", at(), Op::Difference, net.in_bytes as f64);
+            put("kvm.net.rxpackets", at(), Op::Difference, net.in_operations as f64);
+            put("kvm.net.txbytes", at(), Op::Difference, net.out_bytes as f64);
+            put("kvm.net.txpackets", at(), Op::Difference, net.out_operations as f64);
+        }
+        for Device { name: disk, traffic } in &usage.disks {
+            let disk = describe::disk_name(disk);
+            let at = || Some(Part { id: disk, tag: "name", value: disk });
+            put("kvm.disk.rdbytes", at(), Op::Difference, traffic.in_bytes as f64);
+            put("kvm.disk.iops.read", at(), Op::Difference, traffic.in_operations as f64);
+            put("kvm.disk.wrbytes", at(), Op::Difference, traffic.out_bytes as f64);
+            put("kvm.disk.iops.write", at(), Op::Difference, traffic.out_operations as f64);
         }
     }
 

@@ -240,7 +240,7 @@ pub(crate) fn raw_disks(
         };
         let Some(top) = found.layers.first() else { continue };
         if top.remote.is_some() {
-            refuse("it does not speak NBD");
+            refuse("it knows no disks of servers");
             continue;
         }
         let layer = survey.steps.iter().find_map(|step| match step {

@@ -2,7 +2,7 @@
 //! Each answers one block within a deadline, or says why not. What they answer is not looked at.
 
 mod folder;
-mod redis;
+pub(crate) mod redis;
 mod s3;
 mod web;
 

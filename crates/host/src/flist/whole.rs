@@ -51,7 +51,7 @@ impl Place {
             }
             DiskSource::Image { .. }
             | DiskSource::Above(_)
-            | DiskSource::Nbd(_)
+            | DiskSource::Remote(_)
             | DiskSource::Own(_) => Ok(Self::Full),
             DiskSource::Flist => Err(format!("{NAME} is a disk itself; {name} cannot hold it")),
         }

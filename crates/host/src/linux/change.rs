@@ -15,6 +15,7 @@ use crate::backend::cloud_hypervisor::plan as cloud;
 use crate::backend::qemu::control::Control;
 use crate::backend::{FIRST_FD, Forward, Step, Survey, Tap, Unsupported, cloud_hypervisor, vmm};
 use crate::facts::Facts;
+use crate::remote;
 use crate::warden::message::Ask;
 
 /// The files to make for a machine that runs, so that a disk can be plugged in.
@@ -91,15 +92,13 @@ impl Live {
             Change::AddDisk { .. } => {
                 let disk = machine.disks.last().ok_or("no disk")?;
                 let files = survey.disks.last().ok_or("no disk")?;
-                if files.layers.iter().any(|layer| layer.remote.is_some()) {
-                    return Err(
-                        "disks by NBD are there from the start; stop the machine first".into()
-                    );
-                }
                 let open = |depth: usize, writable: bool| {
-                    let path = &files.layers[depth].path;
-                    let file = fs::File::options().read(true).write(writable).open(path)?;
-                    Ok(file.into())
+                    let layer = &files.layers[depth];
+                    if let Some(server) = &layer.remote {
+                        return tokio::task::block_in_place(|| remote::dial(server, !writable));
+                    }
+                    let file = fs::File::options().read(true).write(writable).open(&layer.path);
+                    file.map(Into::into).map_err(|e| format!("{}: {e}", layer.path.display()))
                 };
                 control.add_disk(disk, files, board, open).await
             }

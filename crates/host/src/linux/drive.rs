@@ -4,7 +4,7 @@
 use lodge_machine::Seen;
 use lodge_machine::host::Command;
 use lodge_spec::machine::BackendKind;
-use lodge_spec::state::Traffic;
+use lodge_spec::state::Device;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
@@ -133,11 +133,35 @@ impl Drive {
     }
 
     /// What the disks have carried; nothing where the hypervisor does not answer.
-    pub(super) async fn disk_traffic(&self) -> Traffic {
+    pub(super) async fn disk_traffic(&self) -> Vec<Device> {
+        let all = |traffic| vec![Device { name: String::new(), traffic }];
         match self {
             Drive::Qemu(control) => control.disk_traffic().await.unwrap_or_default(),
-            Drive::Firecracker(control) => control.disk_traffic().await.unwrap_or_default(),
-            Drive::CloudHypervisor(control) => control.disk_traffic().await.unwrap_or_default(),
+            Drive::Firecracker(control) => {
+                control.disk_traffic().await.map(all).unwrap_or_default()
+            }
+            Drive::CloudHypervisor(control) => {
+                control.disk_traffic().await.map(all).unwrap_or_default()
+            }
         }
     }
+
+    /// The threads of the virtual CPUs among those of the hypervisor.
+    pub(super) async fn cpu_threads(&self) -> CpuThreads {
+        match self {
+            Drive::Qemu(control) => {
+                CpuThreads::Numbered(control.cpu_threads().await.unwrap_or_default())
+            }
+            Drive::Firecracker(_) => CpuThreads::Named("fc_vcpu "),
+            Drive::CloudHypervisor(_) => CpuThreads::Named("vcpu"),
+        }
+    }
+}
+
+/// How a hypervisor's threads that are virtual CPUs are told from others.
+pub(super) enum CpuThreads {
+    /// As in the hypervisor's own namespace.
+    Numbered(Vec<u32>),
+    /// The CPU's number follows.
+    Named(&'static str),
 }

@@ -71,7 +71,7 @@ impl Proofs {
     fn disk(&mut self, disk: &Disk) -> Result<Option<SharedDisk>, String> {
         let stays = |why: &str| Err(format!("its disk {} stays here: {why}", disk.name));
         let path = match &disk.source {
-            DiskSource::Nbd(_) => return Ok(None),
+            DiskSource::Remote(_) => return Ok(None),
             DiskSource::Path(path) => path,
             DiskSource::Own(_)
             | DiskSource::Above(_)

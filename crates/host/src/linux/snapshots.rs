@@ -31,7 +31,7 @@ impl Linux {
     fn own_disks(&self, machine: &Machine) -> Vec<(String, PathBuf)> {
         let home = self.paths.machine(machine.id);
         let own = machine.disks.iter().filter(|disk| match disk.source {
-            DiskSource::Path(_) | DiskSource::Nbd(_) | DiskSource::Own(_) => false,
+            DiskSource::Path(_) | DiskSource::Remote(_) | DiskSource::Own(_) => false,
             DiskSource::Above(_)
             | DiskSource::Image { .. }
             | DiskSource::Blank { .. }

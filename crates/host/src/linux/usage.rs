@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use lodge_spec::machine::Machine;
-use lodge_spec::state::{Interface, Traffic, Usage};
+use lodge_spec::state::{Device, Interface, Traffic, Usage};
 
 use super::Linux;
+use super::drive::CpuThreads;
 use super::live::Live;
 use crate::net::client;
 use crate::net::plan::NetPlan;
@@ -25,32 +26,73 @@ impl Linux {
         let Ok(live) = self.live(machine.id) else { return Usage::default() };
         let sample = sample(live.pid);
         let before = live.exchange_sample(sample);
-        let taps = &live.launch.warden.taps;
-        let mut network = Traffic::default();
-        for tap in taps {
+        let mut nics = Vec::new();
+        for tap in &live.launch.warden.taps {
             // A network that does not answer has nothing to tell.
-            let counted = client::count(&tap.network, &tap.interface).await.unwrap_or_default();
-            add(&mut network, counted);
+            let traffic = client::count(&tap.network, &tap.interface).await.unwrap_or_default();
+            nics.push(Device { name: tap.interface.clone(), traffic });
         }
+        let disks = live.drive.disk_traffic().await;
         Usage {
             pid: live.pid,
             cpu_ns: sample.cpu.as_nanos().try_into().unwrap_or(u64::MAX),
             cpu_percent: percent(before, sample, machine.cpus.count),
             memory_bytes: resident(live.pid),
             uptime_ms: sample.age.as_millis().try_into().unwrap_or(u64::MAX),
-            disk: live.drive.disk_traffic().await,
-            network,
+            cpus_ns: cpu_times(live.pid, &live.drive.cpu_threads().await),
+            disk: sum(&disks),
+            disks,
+            network: sum(&nics),
+            nics,
             socket: Some(super::drive::control_socket(&live.launch).display().to_string()),
             interface: interface(&live, machine, &self.paths),
         }
     }
 }
 
-fn add(sum: &mut Traffic, more: Traffic) {
-    sum.in_bytes += more.in_bytes;
-    sum.out_bytes += more.out_bytes;
-    sum.in_operations += more.in_operations;
-    sum.out_operations += more.out_operations;
+fn sum(devices: &[Device]) -> Traffic {
+    let mut sum = Traffic::default();
+    for Device { traffic, .. } in devices {
+        sum.in_bytes += traffic.in_bytes;
+        sum.out_bytes += traffic.out_bytes;
+        sum.in_operations += traffic.in_operations;
+        sum.out_operations += traffic.out_operations;
+    }
+    sum
+}
+
+/// Nanoseconds that each virtual CPU has had.
+fn cpu_times(pid: u32, threads: &CpuThreads) -> Vec<u64> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut known: Vec<(String, String, u64)> = Vec::new();
+    for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
+        let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let status = read("status");
+        let line = |key: &str| {
+            status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim()
+        };
+        // The last is the number in the innermost namespace.
+        let inside = line("NSpid:").rsplit('\t').next().unwrap_or_default().to_owned();
+        let time = read("schedstat").split(' ').next().and_then(|ns| ns.parse().ok());
+        known.push((inside, line("Name:").to_owned(), time.unwrap_or(0)));
+    }
+    match threads {
+        CpuThreads::Numbered(numbers) => numbers
+            .iter()
+            .map(|number| {
+                let text = number.to_string();
+                let time = known.iter().find(|(inside, _, _)| *inside == text).map_or(0, |t| t.2);
+                // Those that take turns on one thread are told to have shared it.
+                time / numbers.iter().filter(|other| *other == number).count() as u64
+            })
+            .collect(),
+        CpuThreads::Named(prefix) => {
+            let number = |name: &str| name.strip_prefix(prefix)?.trim().parse::<u32>().ok();
+            let cpus = known.iter().filter_map(|(_, name, time)| Some((number(name)?, *time)));
+            let sorted: std::collections::BTreeMap<u32, u64> = cpus.collect();
+            sorted.into_values().collect()
+        }
+    }
 }
 
 fn interface(live: &Live, machine: &Machine, paths: &Paths) -> Option<Interface> {
@@ -122,6 +164,11 @@ mod tests {
             std::hint::spin_loop();
         }
         let sample = sample(pid);
+        // The first thread has the process's number.
+        let times = cpu_times(pid, &CpuThreads::Numbered(vec![pid, pid]));
+        assert!(times.len() == 2 && times[0] == times[1], "{times:?}");
+        let name = std::fs::read_to_string("/proc/thread-self/comm").unwrap();
+        assert_eq!(cpu_times(pid, &CpuThreads::Named("no thread")), Vec::<u64>::new(), "{name}");
         assert!(sample.cpu >= Duration::from_millis(20), "{sample:?}");
         assert!(resident(pid) > 1 << 20);
         let whole =

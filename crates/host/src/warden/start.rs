@@ -3,28 +3,22 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
 use lodge_jail::cgroup;
 use lodge_spec::machine::{Peers, Protocol};
-use lodge_spec::nbd::Server;
 
 use super::{message, root, screen};
 use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
 use crate::net::client;
 use crate::paths;
 use crate::proc::Tool;
-
-/// A server of disks takes a connection within this.
-const CONNECT: Duration = Duration::from_secs(5);
-/// One that takes nothing for so long is gone; the guest's requests fail then.
-const SILENCE: Duration = Duration::from_secs(30);
+use crate::remote;
 
 /// A hypervisor that runs, and everything that belongs to it.
 pub(super) struct Started {
@@ -243,31 +237,9 @@ fn open_own(own: &Path, file: &OpenFile) -> Result<OwnedFd, String> {
     paths::open_beneath(own, &file.path, how)
 }
 
-/// A connection that tells when the other end is gone, also while nothing is said.
-fn connect(server: &Server) -> io::Result<OwnedFd> {
-    let (host, port) = match server {
-        Server::Unix(path) => return UnixStream::connect(path).map(OwnedFd::from),
-        Server::Tcp { host, port } => (host.as_str(), *port),
-    };
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(stream) => {
-                stream.set_nodelay(true)?;
-                rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
-                let unheard = SILENCE.as_millis() as u32;
-                rustix::net::sockopt::set_tcp_user_timeout(&stream, unheard)?;
-                return Ok(stream.into());
-            }
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
 fn open_file(file: &OpenFile) -> Result<OwnedFd, String> {
     if let Some(server) = &file.server {
-        return connect(server).map_err(text(file.path.display()));
+        return remote::dial(server, !file.writable);
     }
     let open = File::options().read(true).write(file.writable).open(&file.path);
     open.map(OwnedFd::from).map_err(text(file.path.display()))

@@ -74,7 +74,7 @@ pub(crate) fn survey(machine: &Machine, pvh: bool, virtio_mmio: bool) -> Survey 
             ],
             DiskSource::Blank { .. } => vec![layer("/m/blank.qcow2", DiskFormat::Qcow2)],
             DiskSource::Flist => vec![layer("/m/root.raw", DiskFormat::Raw)],
-            DiskSource::Nbd(nbd) => vec![Layer::remote(nbd)],
+            DiskSource::Remote(remote) => vec![Layer::remote(remote)],
             DiskSource::Image { .. } => {
                 vec![layer("/m/top.qcow2", DiskFormat::Qcow2), layer("/i/base", DiskFormat::Raw)]
             }

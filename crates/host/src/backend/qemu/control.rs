@@ -9,7 +9,7 @@ use lodge_machine::Seen;
 use lodge_machine::host::Command;
 use lodge_spec::machine::{Accel, Board, Disk, DiskBus, Nic};
 use lodge_spec::request::Question;
-use lodge_spec::state::Traffic;
+use lodge_spec::state::{Device, Traffic};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
@@ -162,18 +162,30 @@ impl Control {
     }
 
     /// What the disks have carried since the start.
-    pub async fn disk_traffic(&self) -> Result<Traffic, QmpError> {
+    pub async fn disk_traffic(&self) -> Result<Vec<Device>, QmpError> {
         let stats = self.qmp.ask("query-blockstats", Value::Null).await?;
-        let mut sum = Traffic::default();
-        for disk in stats.as_array().into_iter().flatten() {
-            // Only what the guest itself asked for; the nodes below are listed within.
+        // Only what the guest itself asked for; the nodes below are listed within.
+        let disks = stats.as_array().into_iter().flatten().map(|disk| {
             let count = |name: &str| disk["stats"][name].as_u64().unwrap_or(0);
-            sum.in_bytes += count("rd_bytes");
-            sum.out_bytes += count("wr_bytes");
-            sum.in_operations += count("rd_operations");
-            sum.out_operations += count("wr_operations");
-        }
-        Ok(sum)
+            let parts = disk["qdev"].as_str().unwrap_or_default().split('/');
+            let name = parts.filter_map(|part| part.strip_prefix("disk-")).next();
+            let traffic = Traffic {
+                in_bytes: count("rd_bytes"),
+                out_bytes: count("wr_bytes"),
+                in_operations: count("rd_operations"),
+                out_operations: count("wr_operations"),
+            };
+            Device { name: name.unwrap_or_default().to_owned(), traffic }
+        });
+        Ok(disks.collect())
+    }
+
+    /// The threads of the virtual CPUs, numbered as the hypervisor sees them; those that take turns
+    /// have the same one.
+    pub async fn cpu_threads(&self) -> Result<Vec<u32>, QmpError> {
+        let list = self.qmp.ask("query-cpus-fast", Value::Null).await?;
+        let thread = |cpu: &Value| cpu["thread-id"].as_u64()?.try_into().ok();
+        Ok(list.as_array().into_iter().flatten().filter_map(thread).collect())
     }
 
     /// Brings the number of CPUs to `count`.
@@ -257,22 +269,30 @@ impl Control {
         disk: &Disk,
         files: &DiskFiles,
         board: Board,
-        open: impl Fn(usize, bool) -> std::io::Result<OwnedFd>,
+        open: impl Fn(usize, bool) -> Result<OwnedFd, String>,
     ) -> Result<(), String> {
         if disk.bus != DiskBus::Virtio {
             return Err(format!("{}: only virtio disks can be plugged in", disk.name));
         }
         let bus = self.free_port(board).await?;
-        let mut sets = Vec::new();
-        for (depth, _) in files.layers.iter().enumerate() {
-            let fd = open(depth, depth == 0 && !disk.read_only).map_err(|e| e.to_string())?;
+        let mut names = Vec::new();
+        for (depth, layer) in files.layers.iter().enumerate() {
+            let fd = open(depth, depth == 0 && !disk.read_only)?;
+            if layer.remote.is_some() {
+                let name = format!("disk-{}", disk.name);
+                let lent = self.qmp.ask_with_fd("getfd", json!({"fdname": name}), fd.as_fd()).await;
+                lent.map_err(|e| e.to_string())?;
+                names.push(name);
+                continue;
+            }
             let added = self.qmp.ask_with_fd("add-fd", json!({}), fd.as_fd()).await;
-            sets.push(added.map_err(|e| e.to_string())?["fdset-id"].clone());
+            let set = added.map_err(|e| e.to_string())?["fdset-id"].clone();
+            names.push(format!("/dev/fdset/{set}"));
         }
         let mut depths = (0..files.layers.len()).rev();
         let nodes = block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |_, _| {
             let depth = depths.next().expect("one call for each layer");
-            format!("/dev/fdset/{}", sets[depth])
+            names[depth].clone()
         });
         let mut added: Vec<Value> = Vec::new();
         let mut result = Ok(());

@@ -17,13 +17,15 @@ const PORT: u16 = 9900;
 /// A connection on which nothing was said for this long may be dead.
 const IDLE: Duration = Duration::from_secs(10);
 const MAX_KEPT: usize = 16;
+/// Questions that are on their way together.
+const AT_ONCE: usize = 32;
 
 enum Place {
     Tcp(String, u16),
     Unix(PathBuf),
 }
 
-pub(super) struct Redis {
+pub(crate) struct Redis {
     place: Place,
     password: Option<String>,
     /// Of 0-db, or the number of a database of Redis.
@@ -50,6 +52,15 @@ impl Wire for UnixStream {
     }
 }
 
+fn in_words(error: io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            "it did not answer in time".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
 struct Connection(BufReader<Box<dyn Wire>>);
 
 /// What a server says.
@@ -60,7 +71,7 @@ enum Said {
 }
 
 impl Redis {
-    pub(super) fn of(url: &Url) -> Result<Self, String> {
+    pub(crate) fn of(url: &Url) -> Result<Self, String> {
         let query = |name: &str| {
             url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
         };
@@ -125,18 +136,43 @@ impl Redis {
         Ok(connection)
     }
 
+    /// Asks all at once and hears all answers; `None`: there was nothing.
+    pub(crate) fn all(
+        &self,
+        asks: &[Vec<&[u8]>],
+        deadline: Instant,
+    ) -> Result<Vec<Option<Vec<u8>>>, String> {
+        let said = self.converse(deadline, |connection| {
+            let said = connection.all(asks, deadline)?;
+            Ok(said.into_iter().map(|said| match said {
+                Said::Bytes(bytes) => Some(bytes),
+                Said::Fine | Said::Nothing => None,
+            }))
+        });
+        said.map(Iterator::collect)
+    }
+
     fn ask(&self, words: &[&[u8]], deadline: Instant) -> Result<Said, String> {
+        self.converse(deadline, |connection| connection.ask(words, deadline))
+    }
+
+    /// Over a connection that is there, or else a new one.
+    fn converse<T>(
+        &self,
+        deadline: Instant,
+        talk: impl Fn(&mut Connection) -> Result<T, String>,
+    ) -> Result<T, String> {
         let kept = self.kept.lock().expect("not poisoned").pop();
         if let Some((mut connection, since)) = kept.filter(|(_, since)| since.elapsed() < IDLE) {
             // One that the server has closed meanwhile is no answer.
-            if let Ok(said) = connection.ask(words, deadline) {
+            if let Ok(said) = talk(&mut connection) {
                 self.keep(connection);
                 return Ok(said);
             }
             drop((connection, since));
         }
         let mut connection = self.connect(deadline)?;
-        let said = connection.ask(words, deadline)?;
+        let said = talk(&mut connection)?;
         self.keep(connection);
         Ok(said)
     }
@@ -152,15 +188,25 @@ impl Redis {
 impl Connection {
     fn ask(&mut self, words: &[&[u8]], deadline: Instant) -> Result<Said, String> {
         let time = left(deadline)?;
-        self.exchange(words, time).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                "it did not answer in time".to_owned()
-            }
-            _ => error.to_string(),
-        })
+        self.say(words, time).and_then(|()| self.hear()).map_err(in_words)
     }
 
-    fn exchange(&mut self, words: &[&[u8]], time: Duration) -> io::Result<Said> {
+    fn all(&mut self, asks: &[Vec<&[u8]>], deadline: Instant) -> Result<Vec<Said>, String> {
+        // Few enough that neither side waits with full hands for the other.
+        let mut said = Vec::new();
+        for some in asks.chunks(AT_ONCE) {
+            let time = left(deadline)?;
+            for words in some {
+                self.say(words, time).map_err(in_words)?;
+            }
+            for _ in some {
+                said.push(self.hear().map_err(in_words)?);
+            }
+        }
+        Ok(said)
+    }
+
+    fn say(&mut self, words: &[&[u8]], time: Duration) -> io::Result<()> {
         let mut out = format!("*{}\r\n", words.len()).into_bytes();
         for word in words {
             out.extend(format!("${}\r\n", word.len()).as_bytes());
@@ -168,7 +214,10 @@ impl Connection {
             out.extend(b"\r\n");
         }
         self.0.get_ref().set_timeouts(time)?;
-        self.0.get_mut().write_all(&out)?;
+        self.0.get_mut().write_all(&out)
+    }
+
+    fn hear(&mut self) -> io::Result<Said> {
         let mut line = Vec::new();
         (&mut self.0).take(512).read_until(b'\n', &mut line)?;
         let Some((kind, rest)) = line.strip_suffix(b"\r\n").and_then(|l| l.split_first()) else {

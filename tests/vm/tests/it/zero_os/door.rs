@@ -129,6 +129,12 @@ fn a_machine_from_its_making_to_its_end_cases_2_and_20_to_24() {
     others_get_nothing(&mut client, &flist, more);
     let [info, statistics] = ports_come_and_go(&mut client, &uuid);
     assert_eq!(info["Vcpu"].as_array().unwrap().len(), 1);
+    assert!(info["Vcpu"][0]["Time"].as_u64().unwrap() > 1_000_000, "{info}");
+    let processor = &statistics["kvm.vcpu.time/My VM.0"];
+    assert!(processor["last_value"].as_f64().unwrap() > 0.001, "{statistics}");
+    assert_eq!(processor["tags"][2], json!({"key": "nr", "value": "0"}));
+    let net = &statistics["kvm.net.rxbytes/My VM.00:28:06:82:00:02"];
+    assert_eq!(net["tags"][2]["value"], info["Net"][0]["Name"]);
     assert!(info["Net"][0]["RxBytes"].as_u64().unwrap() > 0, "{info}");
     assert_eq!(statistics["kvm.cpu.time/My VM"]["op"], "D", "{statistics}");
     for (verb, state) in [("kvm.pause", "paused"), ("kvm.resume", "running")] {
@@ -155,6 +161,13 @@ fn disks_come_and_go_and_are_limited() {
     let media = json!([{"url": first, "type": "disk", "iotune": tune}]);
     let uuid = client
         .value("kvm.create", json!({"name": "limited", "cpu": 1, "memory": 128, "media": media}));
+    // Each disk is told of, by its name.
+    let mut told = Value::Null;
+    door.lab.until("reads", || {
+        told = client.value("kvm.info", json!({"uuid": uuid}))["Block"][0].clone();
+        told["RdBytes"].as_u64().unwrap() > 0
+    });
+    assert_eq!(told["Name"], "vda");
     let held = |disk: usize| {
         let machine = door.lab.json(&["inspect", "limited"])["machine"].clone();
         machine["disks"][disk]["limits"].clone()

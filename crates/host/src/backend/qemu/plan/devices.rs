@@ -6,7 +6,7 @@ use lodge_jail::Bind;
 use lodge_spec::machine::{
     Board, Boot, BootDevice, Disk, DiskBus, Firmware, Machine, Media, Nic, NicModel, Share,
 };
-use lodge_spec::nbd::Server;
+use lodge_spec::remote::Remote;
 use serde_json::{Value, json};
 
 use crate::backend::{DiskFiles, DiskFormat, Layer, OpenFile, Survey};
@@ -75,7 +75,7 @@ impl Arguments {
     }
 
     /// Has a file or a connection opened before QEMU starts; returns its number.
-    fn open(&mut self, path: &Path, writable: bool, server: Option<Server>) -> i32 {
+    fn open(&mut self, path: &Path, writable: bool, server: Option<Remote>) -> i32 {
         let fd = self.next_fd();
         self.files.push(OpenFile { fd, path: path.to_owned(), writable, server });
         self.kept.push(fd);
@@ -86,7 +86,7 @@ impl Arguments {
     fn layer(&mut self, layer: &Layer, writable: bool) -> String {
         match &layer.remote {
             None => self.file(&layer.path, writable),
-            Some(nbd) => self.open(&layer.path, writable, Some(nbd.server.clone())).to_string(),
+            Some(remote) => self.open(&layer.path, writable, Some(remote.clone())).to_string(),
         }
     }
 
@@ -174,10 +174,14 @@ pub(crate) fn block_nodes(
                 lowest["driver"] = driver.into();
                 lowest["filename"] = opened.into();
             }
-            Some(nbd) => {
+            Some(remote) => {
                 lowest["driver"] = "nbd".into();
                 lowest["server"] = json!({"type": "fd", "str": opened});
-                lowest["export"] = nbd.export.as_str().into();
+                lowest["export"] = match remote {
+                    Remote::Nbd(nbd) => nbd.export.as_str().into(),
+                    // A process of ours, which serves nothing else.
+                    Remote::Zdb(_) => "".into(),
+                };
             }
         }
         nodes.push(lowest);
