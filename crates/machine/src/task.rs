@@ -201,19 +201,11 @@ impl<H: Host> Task<H> {
                 gone
             }
             Message::Change { change, machine, answer } => {
-                let result = match self.stays() {
-                    Ok(()) => self.change(*change, *machine).await,
-                    Err(refusal) => Err(refusal),
-                };
-                let _ = answer.send(result);
+                let _ = answer.send(self.change(*change, *machine).await);
                 false
             }
             Message::Redefine { machine, unchanged_since_us, answer } => {
-                let result = match self.stays() {
-                    Ok(()) => self.redefine(*machine, unchanged_since_us).await,
-                    Err(refusal) => Err(refusal),
-                };
-                let _ = answer.send(result);
+                let _ = answer.send(self.redefine(*machine, unchanged_since_us).await);
                 false
             }
             Message::Migrate { to, answer } => {
@@ -399,6 +391,7 @@ impl<H: Host> Task<H> {
     }
 
     async fn change(&mut self, change: Change, machine: Machine) -> Result<(), Refusal> {
+        self.stays()?;
         let state = self.record.life.state;
         if state == State::Suspended && change.concerns_hardware() {
             return Err(self.denied("change", state));
@@ -419,6 +412,7 @@ impl<H: Host> Task<H> {
         machine: Machine,
         unchanged_since_us: Option<i64>,
     ) -> Result<(), Refusal> {
+        self.stays()?;
         if unchanged_since_us.is_some_and(|us| us != self.record.modified_us) {
             return Err(Refusal::Changed { name: self.record.machine.name.to_string() });
         }

@@ -238,7 +238,8 @@ pub struct DiskDraft {
     pub name: Option<String>,
     /// Host path of a raw or qcow2 image or a block device; told apart by content. `own:/NAME`: a
     /// file in the machine's own folder. `nbd://HOST[:PORT]/EXPORT` or
-    /// `nbd+unix:///EXPORT?socket=PATH`: a server's disk. Absent: an empty disk of `size`, kept with
+    /// `nbd+unix:///EXPORT?socket=PATH`: a server's disk. `zdb://HOST[:PORT]?size=SIZE`: one whose
+    /// blocks lie in 0-db. Absent: an empty disk of `size`, kept with
     /// the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,

@@ -85,7 +85,7 @@ pub enum Verb {
     Suspend { name: String },
     /// Move a running machine to another host, over SSH; its guest runs on.
     ///
-    /// Lodge runs there, and both hosts see its disks: files in a shared folder, or `nbd://`.
+    /// Lodge runs there, and both hosts see its disks: files in a shared folder, or a server's.
     #[command(after_help = "Example:\n  lodge migrate web ssh://root@10.0.0.2\n  \
         lodge migrate web 'qemu+ssh://root@10.0.0.2/system?keyfile=/root/.ssh/move'")]
     Migrate {
@@ -304,7 +304,8 @@ pub struct MachineFlags {
     /// Kernel command line; with an image, added to the image's own.
     #[arg(long, value_name = "CMDLINE")]
     pub append: Option<String>,
-    /// Attach a disk: raw or qcow2, or an NBD server's (nbd://HOST[:PORT]/NAME).
+    /// Attach a disk: raw or qcow2, or a server's (nbd://HOST[:PORT]/NAME,
+    /// zdb://HOST[:PORT]?size=SIZE).
     #[arg(long, value_name = "PATH[:ro]")]
     pub disk: Vec<String>,
     /// Attach a CD-ROM.
