@@ -22,6 +22,7 @@ use lodge_spec::request::{Refusal, Reply, Request};
 use tokio::sync::mpsc::Receiver;
 
 pub use auth::Organization;
+pub use nics::Links;
 pub use session::serve;
 
 use crate::control::{self, Control};
@@ -38,8 +39,7 @@ pub struct Settings {
     pub organization: Option<Organization>,
     /// Where blocks of flists are that do not say so themselves.
     pub storage: Option<String>,
-    /// Bridges (`NAME`), VLANs (`vlan:N`) and VXLANs (`vxlan:N`), each with its network.
-    pub networks: BTreeMap<String, String>,
+    pub links: Links,
     /// `auto`, or how guest code is executed.
     pub accel: String,
     pub version: String,

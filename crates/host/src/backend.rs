@@ -20,6 +20,7 @@ use lodge_spec::extras::{Guard, Lease};
 use lodge_spec::machine::{Accel, BackendKind, Board, Machine, Peers, Port, Protocol, Segment};
 use lodge_spec::names::Mac;
 use lodge_spec::remote::Remote;
+use lodge_spec::wire::Wire;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -361,7 +362,10 @@ pub struct Tap {
     /// The network's folder, with the socket of its keeper.
     pub network: PathBuf,
     pub mac: Mac,
+    /// Of no meaning where it is wired to a link of the host.
     pub address: Ipv4Addr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wire: Option<Wire>,
     /// Prefix and router, where the address is not of the network's own plan.
     pub subnet: Option<(u8, Option<Ipv4Addr>)>,
     /// The bridge that it is on, where that is not the network's common one.
@@ -382,6 +386,11 @@ pub struct Tap {
 }
 
 impl Tap {
+    /// The one by which a machine is reached.
+    pub fn reached(taps: &[Self]) -> Option<&Self> {
+        taps.iter().find(|tap| tap.wire.is_none())
+    }
+
     /// The interface of a machine's `index`th nic.
     pub fn of(machine: &Machine, survey: &Survey, fd: i32, index: usize) -> Self {
         let (nic, place) = (&machine.nics[index], &survey.nics[index]);
@@ -391,6 +400,7 @@ impl Tap {
             network: place.network.clone(),
             mac: nic.mac,
             address: place.address,
+            wire: nic.wire.clone(),
             subnet: nic.subnet.map(|s| (s.prefix, s.gateway)),
             segment: nic.segment,
             mtu: nic.mtu,

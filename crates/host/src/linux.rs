@@ -32,7 +32,7 @@ use tokio::sync::OnceCell;
 use crate::backend::choose::Choice;
 use crate::backend::cloud_hypervisor;
 use crate::backend::qemu::plan::firmware_steps;
-use crate::backend::{Launch, Survey, Unsupported};
+use crate::backend::{Launch, Survey, Tap, Unsupported};
 use crate::facts::Facts;
 use crate::flist;
 use crate::flist::root::Root;
@@ -299,7 +299,7 @@ fn running(launch: &Launch) -> Running {
     Running {
         backend: launch.backend,
         accel: launch.accel,
-        address: launch.warden.taps.first().map(|t| t.address.to_string()),
+        address: Tap::reached(&launch.warden.taps).map(|t| t.address.to_string()),
         notes: launch.notes.clone(),
         since_us: now_us(),
         pid: 0,

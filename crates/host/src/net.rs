@@ -14,3 +14,4 @@ mod segments;
 mod setup;
 pub(crate) mod tap;
 pub mod uplink;
+pub(crate) mod wires;

@@ -2,6 +2,7 @@
 //! made is listed. Reads, and changes nothing but the leases of addresses.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ use crate::flist::root::Root;
 use crate::image::store::Images;
 use crate::image::{Manifest, kernel, layer};
 use crate::net::plan::{NetPlan, tap_name};
+use crate::net::wires;
 use crate::paths::{Paths, lies_beneath};
 
 /// Users of root's machines are numbered from here; nobody else's are.
@@ -244,6 +246,12 @@ impl Surveyor<'_> {
         let mut places = Vec::new();
         for (i, nic) in machine.nics.iter().enumerate() {
             let dir = self.paths.network(nic.network.as_str());
+            if let Some(wire) = &nic.wire {
+                p.take(&format!("nics[{i}].wire"), wires::check(wire));
+                let interface = tap_name(machine.id, nic.mac);
+                places.push(NicPlace { network: dir, interface, address: Ipv4Addr::UNSPECIFIED });
+                continue;
+            }
             let plan = NetPlan::of(&nic.network, &dir);
             let at = format!("nics[{i}].address");
             let foreign = nic.address.filter(|a| !plan.holds(*a));

@@ -156,7 +156,7 @@ impl Answer {
             Request::Usage { target } => {
                 let record = self.record(&target)?;
                 let usage = self.keeper.host().usage(&record.machine).await;
-                Ok(Reply::Usage { usage })
+                Ok(Reply::Usage { usage: Box::new(usage) })
             }
             Request::Inspect { target } => self.inspect(&target).await,
             Request::Why { target } => self.why(&target).await,

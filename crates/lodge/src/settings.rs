@@ -45,6 +45,10 @@ struct ZeroOsFile {
     storage: Option<String>,
     /// Bridges (`NAME`), VLANs (`vlan:N`) and VXLANs (`vxlan:N`), each with its network.
     networks: BTreeMap<String, String>,
+    /// The host's interface that carries VLANs which are not among those.
+    backplane: Option<String>,
+    /// The host's interface that carries VXLANs which are not among those.
+    vxbackend: Option<String>,
     accel: Option<String>,
     tls: Option<Tls>,
 }
@@ -225,7 +229,11 @@ pub(crate) fn zero_os(paths: &Paths, flags: &Flags) -> Result<Option<ZeroOs>> {
     let settings = zero_os::Settings {
         organization,
         storage: file.storage,
-        networks: file.networks,
+        links: zero_os::Links {
+            networks: file.networks,
+            backplane: file.backplane,
+            vxbackend: file.vxbackend,
+        },
         accel: accel("zero_os.accel", file.accel)?,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };

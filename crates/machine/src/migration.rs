@@ -27,15 +27,15 @@ const EXPECTED: usize = 256;
 /// What was done differently for a machine that was expected.
 fn adapt(draft: &mut Draft, expected: &Expected) -> Result<(), Refusal> {
     let nics = draft.nics.get_or_insert_default();
-    if nics.len() != expected.networks.len() {
+    if nics.len() != expected.nics.len() {
         return Err(Refusal::failed(format!(
             "{} interfaces were prepared for it here, and it has {}",
-            expected.networks.len(),
+            expected.nics.len(),
             nics.len()
         )));
     }
-    for (nic, network) in nics.iter_mut().zip(&expected.networks) {
-        nic.network = Some(network.to_string());
+    for (nic, leads) in nics.iter_mut().zip(&expected.nics) {
+        (nic.network, nic.wire) = (leads.network.clone(), leads.wire.clone());
     }
     draft.ports = Some(expected.ports.clone());
     if let Some(document) = draft.origin.as_mut().and_then(|o| o.document.as_mut()) {

@@ -283,6 +283,11 @@ pub struct NicDraft {
     /// Name of a network. `default` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
+    /// A link of the host to be wired to, where addresses come from whoever gives them there:
+    /// `bridge:NAME`, `vlan:ID@INTERFACE`, `vxlan:ID@INTERFACE`, `macvlan:INTERFACE` or
+    /// `passthrough:INTERFACE`. For root. None when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wire: Option<String>,
     /// `virtio`, `e1000` or `rtl8139`. `virtio` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,

@@ -24,6 +24,7 @@ mod schema;
 pub mod state;
 pub mod throttle;
 pub mod units;
+pub mod wire;
 pub mod zdb;
 
 pub use draft::Draft;

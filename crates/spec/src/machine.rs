@@ -17,6 +17,7 @@ use crate::names::{DeviceName, ImageName, Mac, MachineId, Name, NetName};
 use crate::remote::Remote;
 use crate::throttle::DiskLimits;
 use crate::units::Bytes;
+use crate::wire::Wire;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Machine {
@@ -133,6 +134,8 @@ pub enum DiskSource {
 pub struct Nic {
     pub name: DeviceName,
     pub network: NetName,
+    /// Wired to a link of the host; it has no address of ours then.
+    pub wire: Option<Wire>,
     pub model: NicModel,
     pub mac: Mac,
     /// What DHCP hands out; `None` takes the network's next free address.
@@ -504,6 +507,7 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
     let Nic {
         name,
         network,
+        wire,
         model,
         mac,
         address,
@@ -525,6 +529,7 @@ fn nic_to_draft(nic: &Nic) -> NicDraft {
     NicDraft {
         name: Some(name.to_string()),
         network: Some(network.to_string()),
+        wire: wire.as_ref().map(Wire::to_string),
         model: Some(model.to_string()),
         mac: Some(mac.to_string()),
         address: address.map(|a| a.to_string()),

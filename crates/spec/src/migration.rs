@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::draft::{Draft, PortDraft};
-use crate::names::{MachineId, NetName};
+use crate::names::MachineId;
 use crate::state::Bootstrap;
 
 /// Of what hosts say to each other. One that does not know it refuses.
@@ -50,11 +50,18 @@ pub struct SharedDisk {
 pub struct Expected {
     pub id: MachineId,
     /// Where its interfaces lead here, in their order.
-    pub networks: Vec<NetName>,
+    pub nics: Vec<Leads>,
     /// In place of the ports that it had there.
     pub ports: Vec<PortDraft>,
     /// What to put in the places of its origin's document that these JSON pointers name.
     pub document: BTreeMap<String, Value>,
+}
+
+/// Where an interface leads, as in a description.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leads {
+    pub network: Option<String>,
+    pub wire: Option<String>,
 }
 
 /// The daemon of another host, reached over SSH.

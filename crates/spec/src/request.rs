@@ -355,7 +355,7 @@ pub enum Reply {
         machine: Box<Detail>,
     },
     Usage {
-        usage: Usage,
+        usage: Box<Usage>,
     },
     /// A document with a shape documented beside its command.
     Document {

@@ -25,6 +25,7 @@ use crate::problem::Problems;
 use crate::remote::Remote;
 use crate::throttle::DiskLimits;
 use crate::units::Bytes;
+use crate::wire::{self, Wire};
 
 const MAX_CPUS: u32 = 255;
 const MIN_MEMORY: Bytes = Bytes::mib(1);
@@ -120,8 +121,8 @@ pub fn resolve(draft: Draft, defaults: Defaults) -> Result<Machine, Problems> {
     let files: Vec<GuestFile> =
         files.into_iter().enumerate().filter_map(|(i, f)| resolve_file(&mut p, i, f)).collect();
     check_clashes(&mut p, &checked, &nics, &ports, &shares, &files);
-    if !ports.is_empty() && nics.is_empty() {
-        p.add("ports", "a machine without interfaces has no ports to lead to");
+    if !ports.is_empty() && nics.iter().all(|nic| nic.wire.is_some()) {
+        p.add("ports", "a machine without interfaces on a network has no ports to lead to");
     }
     let ready = ready.and_then(|text| p.take("ready", parse_ready(&text)));
     if nics.is_empty() && matches!(ready, Some(Readiness::Port(_) | Readiness::Dhcp)) {
@@ -349,6 +350,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
     let NicDraft {
         name,
         network,
+        wire,
         model,
         mac,
         address,
@@ -363,13 +365,19 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
         tx_limit,
     } = draft;
     let name = parse(p, &at("name"), Some(name.unwrap_or_else(|| format!("nic{i}"))));
-    let network = parse(p, &at("network"), Some(network.unwrap_or_else(|| "default".into())));
+    let wire: Option<Wire> = parse(p, &at("wire"), wire);
+    let usual = if wire.is_some() { wire::NETWORK } else { "default" };
+    let network = parse(p, &at("network"), Some(network.unwrap_or_else(|| usual.into())));
     let model = parse(p, &at("model"), model).unwrap_or(NicModel::Virtio);
     let mac = parse(p, &at("mac"), mac).unwrap_or_else(|| Mac::derived(id, i));
     let address: Option<Ipv4Addr> = parse(p, &at("address"), address);
     let subnet = extras::resolve_subnet(p, &at, address, prefix, gateway);
     let segment = extras::resolve_segment(p, &at, subnet, segment, gateway6);
     let mtu = extras::resolve_mtu(p, &at, mtu);
+    if wire.is_some() && (address.is_some() || segment.is_some() || guard.is_some()) {
+        p.add(at("wire"), "what is wired to a link of the host has its addresses from there");
+    }
+    let mtu = mtu.or_else(|| wire.as_ref().and_then(Wire::mtu));
     let lease = parse(p, &at("lease"), lease).unwrap_or(extras::Lease::Full);
     let guard = guard.map(|g| Box::new(extras::resolve_guard(p, &at("guard"), g)));
     let rx_limit = rx_limit.and_then(|limit| resolve_rate(p, &at("rx_limit"), limit));
@@ -378,6 +386,7 @@ fn resolve_nic(p: &mut Problems, id: MachineId, i: usize, draft: NicDraft) -> Op
     Some(Nic {
         name,
         network,
+        wire,
         model,
         mac,
         address,

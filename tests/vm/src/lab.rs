@@ -16,6 +16,8 @@ pub struct Lab {
     home: tempfile::TempDir,
     program: PathBuf,
     user: Option<u32>,
+    /// The network namespace that is its host's.
+    namespace: Option<String>,
     variables: Vec<(String, String)>,
 }
 
@@ -36,7 +38,7 @@ pub fn program() -> PathBuf {
 impl Lab {
     pub fn new() -> Self {
         let home = tempfile::Builder::new().prefix("lodge-test-").tempdir().unwrap();
-        Self { home, program: program(), user: None, variables: Vec::new() }
+        Self { home, program: program(), user: None, namespace: None, variables: Vec::new() }
     }
 
     /// An instance that belongs to an ordinary user.
@@ -50,6 +52,13 @@ impl Lab {
             mknod.args(["-m", "666"]).arg(&node).args(["c", "10", minor]);
             assert!(mknod.status().unwrap().success());
         }
+        lab
+    }
+
+    /// An instance whose host has the links of a namespace, and no others.
+    pub fn within(namespace: &crate::namespace::Namespace) -> Self {
+        let mut lab = Self::new();
+        lab.namespace = Some(namespace.name().to_owned());
         lab
     }
 
@@ -94,9 +103,14 @@ impl Lab {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = match self.user {
-            None => command(&self.program),
-            Some(uid) => {
+        let mut command = match (self.user, &self.namespace) {
+            (None, None) => command(&self.program),
+            (None, Some(name)) => {
+                let mut command = command("ip");
+                command.args(["netns", "exec", name]).arg(&self.program);
+                command
+            }
+            (Some(uid), _) => {
                 // Every distribution's udev opens these devices to all; a host without udev does not.
                 let script = "mount --bind \"$1\" /dev/net/tun; mount --bind \"$2\" /dev/fuse; \
                               shift 2; exec \"$@\"";

@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod keys;
 pub mod lab;
 pub mod metald;
+pub mod namespace;
 pub mod python;
 pub mod rfb;
 pub mod ssh;

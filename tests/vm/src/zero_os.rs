@@ -228,6 +228,12 @@ impl Door {
     pub fn client(&self) -> Client {
         Client::connect(self.port)
     }
+
+    /// Where the door is open in a namespace.
+    pub fn client_at(&self, namespace: &crate::namespace::Namespace) -> Client {
+        let port = self.port;
+        namespace.visit(move || Client::connect(port))
+    }
 }
 
 impl Drop for Door {

@@ -314,8 +314,10 @@ pub struct MachineFlags {
     /// Lead a host port into the guest.
     #[arg(long, value_name = "[IP:]HOST:GUEST[/udp]")]
     pub port: Vec<String>,
-    /// Put an interface on a network; `none` for no interface.
-    #[arg(long, value_name = "NAME|none")]
+    /// Put an interface on a network, or wire it to a link of the host (bridge:NAME,
+    /// vlan:ID@INTERFACE, vxlan:ID@INTERFACE, macvlan:INTERFACE, passthrough:INTERFACE); `none` for
+    /// no interface.
+    #[arg(long, value_name = "NAME|LINK|none")]
     pub net: Vec<String>,
     /// The hypervisor.
     #[arg(long, value_name = "auto|qemu|firecracker|cloud-hypervisor")]
@@ -384,8 +386,8 @@ pub struct Set {
     /// Remove a disk.
     #[arg(long, value_name = "DISK")]
     pub remove_disk: Vec<String>,
-    /// Add an interface on a network.
-    #[arg(long, value_name = "NETWORK")]
+    /// Add an interface on a network, or wired to a link of the host.
+    #[arg(long, value_name = "NETWORK|LINK")]
     pub add_nic: Vec<String>,
     /// Remove an interface.
     #[arg(long, value_name = "NIC")]
@@ -505,7 +507,11 @@ fn read_keys(files: &[PathBuf]) -> Result<Vec<String>, String> {
 
 /// An interface on a network.
 pub fn nic_on(network: String) -> NicDraft {
-    NicDraft { network: Some(network), ..NicDraft::default() }
+    // No network has a colon in its name, and every link of the host.
+    match network.contains(':') {
+        true => NicDraft { wire: Some(network), ..NicDraft::default() },
+        false => NicDraft { network: Some(network), ..NicDraft::default() },
+    }
 }
 
 /// A path, or a size for an empty disk.

@@ -99,7 +99,7 @@ pub(super) fn network(
 ) -> Result<(Vec<NicDraft>, Vec<PortDraft>), Failure> {
     // Without the default network there is nothing that a port could lead to.
     let default = nics.iter().any(|nic| nic.kind == "default");
-    let nics = nics.iter().map(|nic| nics::draft(nic, sequence, &settings.networks));
+    let nics = nics.iter().map(|nic| nics::draft(nic, sequence, &settings.links));
     let ports = port.into_iter().flatten().filter(|_| default);
     let ports = ports.map(|(host, guest)| nics::port(host, *guest));
     Ok((nics.collect::<Result<_, _>>()?, ports.collect::<Result<_, _>>()?))

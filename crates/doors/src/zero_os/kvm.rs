@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-use lodge_spec::draft::Draft;
-use lodge_spec::migration::Expected;
+use lodge_spec::draft::{Draft, NicDraft};
+use lodge_spec::migration::{Expected, Leads};
 use lodge_spec::request::{Change, Page, Refusal, Reply, Request};
 use lodge_spec::state::Usage;
 use serde_json::{Value, json};
@@ -40,7 +40,9 @@ fn failure(refusal: &Refusal) -> Failure {
     if taken || message.ends_with("/tcp appears twice") {
         return Failure::new(format!("port already in use: {message}"));
     }
-    Failure::new(message)
+    // The one thing that has a number of its own there.
+    let missing = message.starts_with("bridge '") && message.ends_with("' not found");
+    Failure { code: if missing { 400 } else { 500 }, message }
 }
 
 fn text(arguments: &Value, key: &str) -> String {
@@ -156,7 +158,7 @@ impl<C: Control> Door<C> {
 
     pub(super) async fn usage(&self, machine: &Machine) -> Usage {
         match self.ask(Request::Usage { target: machine.uuid.clone() }).await {
-            Ok(Reply::Usage { usage }) => usage,
+            Ok(Reply::Usage { usage }) => *usage,
             // It may have ended since; then it uses nothing.
             Ok(_) | Err(_) => Usage::default(),
         }
@@ -374,7 +376,7 @@ impl<C: Control> Door<C> {
             }
             _ => {}
         }
-        let draft = nics::draft(&nic, machine.sequence, &self.settings.networks)?;
+        let draft = nics::draft(&nic, machine.sequence, &self.settings.links)?;
         self.change(&machine, Change::AddNic { nic: Box::new(draft) }).await?;
         self.remember(&machine, |kept| kept.nics.push(nic)).await
     }
@@ -461,11 +463,11 @@ impl<C: Control> Door<C> {
         let (nics, port) = create::ways(arguments)?;
         let sequence = 0;
         let (drafts, ports) = create::network(&nics, port.as_ref(), sequence, &self.settings)?;
-        let networks = drafts.iter().filter_map(|nic| nic.network.as_deref()?.parse().ok());
-        let networks = networks.collect();
+        let leads = |nic: NicDraft| Leads { network: nic.network, wire: nic.wire };
+        let leads = drafts.into_iter().map(leads).collect();
         let document = [("/params/nics", json!(nics)), ("/params/port", json!(port))];
         let document = document.map(|(at, value)| (at.to_owned(), value)).into();
-        self.done(Request::Expect(Box::new(Expected { id, networks, ports, document }))).await
+        self.done(Request::Expect(Box::new(Expected { id, nics: leads, ports, document }))).await
     }
 
     /// Writes down what a machine has now.

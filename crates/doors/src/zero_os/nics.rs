@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use lodge_spec::draft::{NicDraft, PortDraft, PortFields};
+use lodge_spec::wire::Wire;
 use serde::{Deserialize, Serialize};
 
 use super::jobs::Failure;
@@ -61,7 +62,7 @@ pub(super) fn check(nics: &[Nic]) -> Result<(), Failure> {
                 ));
             }
             "bridge" => bridges.push(&nic.id),
-            "vlan" | "vxlan" => {}
+            "vlan" | "vxlan" | "macvlan" | "passthrough" => {}
             other => return fail(format!("invalid nic type '{other}'")),
         }
     }
@@ -72,18 +73,32 @@ fn fail<T>(message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure::new(message))
 }
 
-/// An interface as it is asked for. `networks`: what bridges and VLANs stand for here.
-pub(super) fn draft(
-    nic: &Nic,
-    sequence: u16,
-    networks: &BTreeMap<String, String>,
-) -> Result<NicDraft, Failure> {
+/// What links stand for here.
+#[derive(Clone, Debug, Default)]
+pub struct Links {
+    /// Bridges (`NAME`), VLANs (`vlan:N`) and VXLANs (`vxlan:N`), each with the network of Lodge's own
+    /// that is meant.
+    pub networks: BTreeMap<String, String>,
+    /// The host's interface that carries VLANs.
+    pub backplane: Option<String>,
+    /// The host's interface that carries VXLANs.
+    pub vxbackend: Option<String>,
+}
+
+/// An interface as it is asked for.
+pub(super) fn draft(nic: &Nic, sequence: u16, links: &Links) -> Result<NicDraft, Failure> {
     let own = Some(nic.hwaddr.clone()).filter(|mac| !mac.is_empty());
-    let on = |network: &String| NicDraft {
-        network: Some(network.clone()),
-        mac: own.clone(),
-        ..NicDraft::default()
+    let plain = || NicDraft { mac: own.clone(), ..NicDraft::default() };
+    // What is meant by a name: a network, or else a link of the host.
+    let on = |name: &str, wire: Option<String>| match links.networks.get(name) {
+        Some(network) => Some(NicDraft { network: Some(network.clone()), ..plain() }),
+        None => {
+            let wire = wire.filter(|wire| wire.parse::<Wire>().is_ok())?;
+            Some(NicDraft { wire: Some(wire), ..plain() })
+        }
     };
+    let id = nic.id.as_str();
+    let missing = |what: &str| Failure { code: 400, message: format!("{what} '{id}' not found") };
     match nic.kind.as_str() {
         "default" => Ok(NicDraft {
             network: Some(DEFAULT.into()),
@@ -93,20 +108,24 @@ pub(super) fn draft(
             gateway: Some(GATEWAY.into()),
             ..NicDraft::default()
         }),
-        "bridge" => networks.get(&nic.id).map(on).ok_or_else(|| Failure {
-            code: 400,
-            message: format!("bridge '{}' not found", nic.id),
-        }),
+        "bridge" => on(id, Some(format!("bridge:{id}"))).ok_or_else(|| missing("bridge")),
         "vlan" => {
-            if !nic.id.parse::<u16>().is_ok_and(|id| id <= 4094) {
+            if !id.parse::<u16>().is_ok_and(|id| id <= 4094) {
                 return fail("invalid vlan id (0-4094)");
             }
-            let network = networks.get(&format!("vlan:{}", nic.id)).map(on);
-            network.ok_or_else(|| Failure::new("ovs is needed for VLAN network type"))
+            let wire = links.backplane.as_ref().map(|on| format!("vlan:{id}@{on}"));
+            on(&format!("vlan:{id}"), wire)
+                .ok_or_else(|| Failure::new("ovs is needed for VLAN network type"))
         }
-        _ => {
-            let network = networks.get(&format!("vxlan:{}", nic.id)).map(on);
-            network.ok_or_else(|| Failure::new("ovs is needed for VXLAN network type"))
+        "vxlan" => {
+            let wire = links.vxbackend.as_ref().map(|on| format!("vxlan:{id}@{on}"));
+            on(&format!("vxlan:{id}"), wire)
+                .ok_or_else(|| Failure::new("ovs is needed for VXLAN network type"))
+        }
+        // The host's interface itself.
+        kind => {
+            let wire = format!("{kind}:{id}");
+            on(&wire, Some(wire.clone())).ok_or_else(|| missing("interface"))
         }
     }
 }
@@ -167,11 +186,40 @@ mod tests {
         ] {
             assert_eq!(check(&nics).unwrap_err().message, why);
         }
-        let none = BTreeMap::new();
-        let unknown = draft(&nic("bridge", "b"), 2, &none).unwrap_err();
-        assert_eq!((unknown.code, unknown.message.as_str()), (400, "bridge 'b' not found"));
+        let none = Links::default();
+        let unknown = draft(&nic("bridge", "no name"), 2, &none).unwrap_err();
+        assert_eq!((unknown.code, unknown.message.as_str()), (400, "bridge 'no name' not found"));
+        let unknown = draft(&nic("macvlan", ""), 2, &none).unwrap_err();
+        assert_eq!((unknown.code, unknown.message.as_str()), (400, "interface '' not found"));
+        for (kind, why) in
+            [("vlan", "ovs is needed for VLAN"), ("vxlan", "ovs is needed for VXLAN")]
+        {
+            assert!(draft(&nic(kind, "7"), 2, &none).unwrap_err().message.starts_with(why));
+        }
         let wrong = draft(&nic("vlan", "4095"), 2, &none).unwrap_err();
         assert_eq!(wrong.message, "invalid vlan id (0-4094)");
+    }
+
+    #[test]
+    fn links_of_the_host_are_wires_and_others_are_networks() {
+        let networks = [("br1", "lab"), ("vlan:8", "lab")];
+        let links = Links {
+            networks: networks.map(|(name, network)| (name.into(), network.into())).into(),
+            backplane: Some("eth1".into()),
+            vxbackend: Some("eth2".into()),
+        };
+        for (kind, id, wire, network) in [
+            ("bridge", "br0", Some("bridge:br0"), None),
+            ("bridge", "br1", None, Some("lab")),
+            ("vlan", "7", Some("vlan:7@eth1"), None),
+            ("vlan", "8", None, Some("lab")),
+            ("vxlan", "9", Some("vxlan:9@eth2"), None),
+            ("macvlan", "eth0", Some("macvlan:eth0"), None),
+            ("passthrough", "eth0", Some("passthrough:eth0"), None),
+        ] {
+            let draft = draft(&nic(kind, id), 2, &links).unwrap();
+            assert_eq!((draft.wire.as_deref(), draft.network.as_deref()), (wire, network));
+        }
     }
 
     #[test]

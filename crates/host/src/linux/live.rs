@@ -315,7 +315,7 @@ impl Live {
         let _one = self.taps.lock().await;
         let text = |e: std::io::Error| format!("the machine's warden: {e}");
         let mut warden = Warden::connect(&self.launch.warden.run).await?;
-        fdpass::send(&warden.stream, &Ask::Tap { tap }, None).await.map_err(text)?;
+        fdpass::send(&warden.stream, &Ask::Tap { tap: Box::new(tap) }, None).await.map_err(text)?;
         loop {
             match warden.lines.next::<Tell>(&warden.stream).await.map_err(text)? {
                 Some((Tell::Tap { error: None }, Some(fd))) => return Ok(fd),

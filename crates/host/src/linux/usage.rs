@@ -9,6 +9,7 @@ use lodge_spec::state::{Device, Interface, Traffic, Usage};
 use super::Linux;
 use super::drive::CpuThreads;
 use super::live::Live;
+use crate::backend::Tap;
 use crate::net::client;
 use crate::net::plan::NetPlan;
 use crate::paths::Paths;
@@ -96,7 +97,8 @@ fn cpu_times(pid: u32, threads: &CpuThreads) -> Vec<u64> {
 }
 
 fn interface(live: &Live, machine: &Machine, paths: &Paths) -> Option<Interface> {
-    let (tap, nic) = live.launch.warden.taps.first().zip(machine.nics.first())?;
+    let tap = Tap::reached(&live.launch.warden.taps)?;
+    let nic = machine.nics.iter().find(|nic| nic.mac == tap.mac)?;
     let plan = NetPlan::of(&nic.network, &paths.network(nic.network.as_str()));
     let resolvers = match tap.resolvers.as_slice() {
         [] => vec![plan.names().to_string()],

@@ -21,6 +21,7 @@ use super::gateways::Gateways;
 use super::names::{World, enter};
 use super::plan::{BRIDGE, METADATA, NetPlan, SCRIPT};
 use super::segments::{self, Segments};
+use super::wires::{self, Wires};
 use super::{dns, guard, names, setup, tap};
 use crate::backend::Tap;
 use crate::fdpass::{self, Lines};
@@ -47,6 +48,7 @@ struct Network {
     /// Routers that machines count on and that are not of the plan.
     gateways: RefCell<Gateways>,
     segments: Segments,
+    wires: Wires,
     /// Asked to stay although nobody is attached.
     held: Cell<bool>,
     world: Rc<World>,
@@ -55,7 +57,9 @@ struct Network {
 impl Network {
     fn holds(&self, mac: Mac, address: Ipv4Addr) -> bool {
         let members = self.members.borrow();
-        members.contains_key(&mac) || members.values().any(|m| m.place.address == address)
+        // What is wired to a link of the host has none of ours.
+        let same = |m: &Member| m.place.address == address && !address.is_unspecified();
+        members.contains_key(&mac) || members.values().any(same)
     }
 }
 
@@ -135,6 +139,7 @@ async fn serve(
         leaving: Cell::new(false),
         gateways: RefCell::default(),
         segments: Segments::default(),
+        wires: Wires::default(),
         held: Cell::new(false),
         world: world.clone(),
     });
@@ -220,46 +225,84 @@ async fn converse(network: Rc<Network>, stream: UnixStream) {
 
 /// A machine's interface, for as long as its warden holds the connection.
 async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
-    let Tap { interface, mac, address, subnet, segment, mtu, lease, opened_by, .. } = tap.clone();
-    let interface = interface.as_str();
-    let (hostname, resolvers) = (tap.hostname.clone(), tap.resolvers.clone());
-    let place = Place { address, subnet, mtu, lease, hostname, resolvers };
     let refuse = async |why: String| {
         let _ = fdpass::send(&stream, &Notice::Refused { why }, None).await;
     };
     // Whoever had this place may be just about to leave it.
     let free = async {
-        while network.holds(mac, place.address) {
+        while network.holds(tap.mac, tap.address) {
             network.left.notified().await;
         }
     };
     if tokio::time::timeout(HANDOVER, free).await.is_err() {
-        return refuse(format!("{mac} or {} is already on the network", place.address)).await;
+        return refuse(format!("{} or {} is already on the network", tap.mac, tap.address)).await;
     }
-    let bridge = segment.map_or_else(|| BRIDGE.to_owned(), |s| segments::bridge(s.number));
-    if let Some(segment) = segment {
-        let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
-        if let Err(why) = ensure_segment(&network, segment, gateway).await {
-            return refuse(format!("segment {}: {why}", segment.number)).await;
+    let wired = match &tap.wire {
+        None => None,
+        Some(wire) => {
+            match network.wires.take(wire, tap.mac, &network.plan, &network.world).await {
+                Ok(place) => Some((wire, place)),
+                Err(why) => return refuse(format!("{wire}: {why}")).await,
+            }
         }
+    };
+    match bring_in(&network, &tap, wired.as_ref().map(|(_, place)| place)).await {
+        Ok(fd) => stay(&network, &stream, &tap, fd).await,
+        Err(why) => refuse(why).await,
     }
-    let made = match opened_by {
-        None => tap::make(interface, &bridge, mtu),
-        Some(user) => tap::make_for(interface, &bridge, mtu, user)
+    if let Some((wire, place)) = wired {
+        network.wires.give_back(wire, &place).await;
+    }
+}
+
+/// Makes a machine's interface where it belongs.
+async fn bring_in(
+    network: &Rc<Network>,
+    tap: &Tap,
+    wired: Option<&wires::Place>,
+) -> Result<OwnedFd, String> {
+    let Tap { interface, subnet, segment, mtu, opened_by, .. } = tap;
+    let at = |error: &dyn std::fmt::Display| format!("interface {interface}: {error}");
+    let bridge = match (wired, segment) {
+        (Some(wires::Place::Bridge(bridge)), _) => Some(bridge.clone()),
+        (Some(wires::Place::Own(_)), _) => None,
+        (None, Some(segment)) => {
+            let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
+            let ensured = ensure_segment(network, *segment, gateway).await;
+            ensured.map_err(|why| format!("segment {}: {why}", segment.number))?;
+            Some(segments::bridge(segment.number))
+        }
+        (None, None) => Some(BRIDGE.to_owned()),
+    };
+    let made = match *opened_by {
+        None => tap::make(interface, bridge.as_deref(), *mtu),
+        Some(user) => tap::make_for(interface, bridge.as_deref(), *mtu, user)
             .and_then(|()| std::fs::File::open("/proc/self/ns/net").map(OwnedFd::from)),
     };
-    let fd = match made {
-        Ok(fd) => fd,
-        Err(error) => return refuse(format!("interface {interface}: {error}")).await,
+    let fd = made.map_err(|e| at(&e))?;
+    let joined = match wired {
+        Some(wires::Place::Own(port)) => wires::splice(interface, port).await,
+        Some(wires::Place::Bridge(_)) | None => Ok(()),
     };
-    if tap.guard.is_some()
-        && let Err(error) = guard::set(&tap).await
-    {
+    let set = match (joined, &tap.guard) {
+        (Ok(()), Some(_)) => guard::set(tap).await.map_err(|e| e.to_string()),
+        (joined, _) => joined,
+    };
+    if let Err(why) = set {
         if opened_by.is_some() {
             let _ = tap::remove(interface);
         }
-        return refuse(format!("interface {interface}: {error}")).await;
+        return Err(at(&why));
     }
+    Ok(fd)
+}
+
+/// Keeps an interface on the network until its warden lets go of it.
+async fn stay(network: &Rc<Network>, stream: &UnixStream, tap: &Tap, fd: OwnedFd) {
+    let Tap { interface, mac, address, subnet, segment, mtu, lease, opened_by, .. } = tap;
+    let (mac, hostname, resolvers) = (*mac, tap.hostname.clone(), tap.resolvers.clone());
+    let (address, subnet, mtu, lease) = (*address, *subnet, *mtu, *lease);
+    let place = Place { address, subnet, mtu, lease, hostname, resolvers };
     // Where no machine is the router itself.
     let gateway = subnet.and_then(|(prefix, gateway)| Some((gateway?, prefix)));
     let common = |gateway: &(Ipv4Addr, u8)| segment.is_none() && !network.holds(mac, gateway.0);
@@ -270,10 +313,10 @@ async fn attached(network: Rc<Network>, stream: UnixStream, tap: Tap) {
     let (notices, mut heard) = mpsc::unbounded_channel();
     network.members.borrow_mut().insert(mac, Member { place, notices });
     network.changed.notify_one();
-    let sent = fdpass::send(&stream, &Notice::Attached, Some(fd.as_fd())).await;
+    let sent = fdpass::send(stream, &Notice::Attached, Some(fd.as_fd())).await;
     drop(fd);
     if sent.is_ok() {
-        notify(&stream, &mut heard).await;
+        notify(stream, &mut heard).await;
     }
     if opened_by.is_some() {
         // It outlives whoever opened it; nobody else takes it away.
@@ -339,7 +382,7 @@ fn finder(network: &Rc<Network>) -> names::Find {
     Rc::new(move |name: &str| {
         let members = network.members.borrow();
         let named = members.values().filter(|m| m.place.hostname.eq_ignore_ascii_case(name));
-        named.map(|m| m.place.address).min()
+        named.map(|m| m.place.address).filter(|a| !a.is_unspecified()).min()
     })
 }
 

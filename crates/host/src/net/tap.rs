@@ -58,7 +58,12 @@ pub(crate) fn traffic(table: &str, name: &str) -> Traffic {
 }
 
 /// A new tap that a user may open by its name. It stays until `remove`.
-pub(crate) fn make_for(name: &str, bridge: &str, mtu: Option<u16>, user: u32) -> io::Result<()> {
+pub(crate) fn make_for(
+    name: &str,
+    bridge: Option<&str>,
+    mtu: Option<u16>,
+    user: u32,
+) -> io::Result<()> {
     let tap = make(name, bridge, mtu)?;
     let value = |n: u32| n as usize as *mut libc::c_void;
     ioctl(tap.as_raw_fd(), TUNSETOWNER, value(user))?;
@@ -79,8 +84,8 @@ fn open(name: &str) -> io::Result<File> {
     Ok(tun)
 }
 
-/// A new tap on a bridge. It goes when the last copy of the descriptor closes.
-pub(crate) fn make(name: &str, bridge: &str, mtu: Option<u16>) -> io::Result<OwnedFd> {
+/// A new tap, on a bridge or on none. It goes when the last copy of the descriptor closes.
+pub(crate) fn make(name: &str, bridge: Option<&str>, mtu: Option<u16>) -> io::Result<OwnedFd> {
     let tun = open(name)?;
     let mut header = VNET_HEADER;
     ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, (&raw mut header).cast())?;
@@ -92,13 +97,15 @@ pub(crate) fn make(name: &str, bridge: &str, mtu: Option<u16>) -> io::Result<Own
         size.ifr_ifru.ifru_mtu = i32::from(mtu);
         ioctl(socket, SIOCSIFMTU, (&raw mut size).cast())?;
     }
-    let mut index = request(name)?;
-    ioctl(socket, SIOCGIFINDEX, (&raw mut index).cast())?;
-    // SAFETY: the call above has just filled this member.
-    let number = unsafe { index.ifr_ifru.ifru_ifindex };
-    let mut bridge = request(bridge)?;
-    bridge.ifr_ifru.ifru_ifindex = number;
-    ioctl(socket, SIOCBRADDIF, (&raw mut bridge).cast())?;
+    if let Some(bridge) = bridge {
+        let mut index = request(name)?;
+        ioctl(socket, SIOCGIFINDEX, (&raw mut index).cast())?;
+        // SAFETY: the call above has just filled this member.
+        let number = unsafe { index.ifr_ifru.ifru_ifindex };
+        let mut bridge = request(bridge)?;
+        bridge.ifr_ifru.ifru_ifindex = number;
+        ioctl(socket, SIOCBRADDIF, (&raw mut bridge).cast())?;
+    }
     let mut up = request(name)?;
     up.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
     ioctl(socket, SIOCSIFFLAGS, (&raw mut up).cast())?;

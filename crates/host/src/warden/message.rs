@@ -105,7 +105,7 @@ pub enum Ask {
     /// End the hypervisor now.
     Kill,
     /// Make one more tap interface and hand it over.
-    Tap { tap: Tap },
+    Tap { tap: Box<Tap> },
     /// Forward these host ports and no others.
     Ports { ports: Vec<Forward> },
     /// Give an interface back to its network.

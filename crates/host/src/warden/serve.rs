@@ -19,7 +19,7 @@ use super::forward::{self, Guest};
 use super::message::{Ask, Exit, Status, Tell, exit_file};
 use super::start::{Bound, Started, bind_ports};
 use super::{bootstrap, mdata, screen};
-use crate::backend::{Forward, WardenPlan};
+use crate::backend::{Forward, Tap, WardenPlan};
 use crate::fdpass::{self, Lines};
 use crate::net::client::{self, Notice};
 use crate::paths;
@@ -121,7 +121,7 @@ async fn run(started: Started) {
         watch_network(&shared, interface, connection, ready == "dhcp");
     }
     forward_ports(&shared, listeners);
-    if let Some(tap) = plan.taps.first() {
+    if let Some(tap) = Tap::reached(&plan.taps) {
         let guest =
             |port| Guest { network: tap.network.clone(), address: (tap.address, port).into() };
         if let Some(port) = ready.strip_prefix("port:").and_then(|p| p.parse().ok()) {
@@ -160,7 +160,7 @@ async fn run(started: Started) {
 
 /// Begins to forward ports to the guest.
 fn forward_ports(shared: &Rc<Shared>, listeners: Vec<(Forward, Bound)>) {
-    let Some(tap) = shared.plan.taps.first() else { return };
+    let Some(tap) = Tap::reached(&shared.plan.taps) else { return };
     for (port, bound) in listeners {
         let guest =
             Guest { network: tap.network.clone(), address: (tap.address, port.guest).into() };

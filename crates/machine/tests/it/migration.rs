@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lodge_machine::Verb;
 use lodge_machine::fake::FakeHost;
-use lodge_spec::migration::{Expected, Migration, Passport, VERSION};
+use lodge_spec::migration::{Expected, Leads, Migration, Passport, VERSION};
 use lodge_spec::names::MachineId;
 use lodge_spec::request::{Change, Refusal};
 use lodge_spec::state::State;
@@ -112,7 +112,10 @@ async fn what_was_expected_is_different_here() {
     let id: MachineId = ID.parse().unwrap();
     let expected = |networks: &[&str]| Expected {
         id,
-        networks: networks.iter().map(|n| n.parse().unwrap()).collect(),
+        nics: networks
+            .iter()
+            .map(|name| Leads { network: Some((*name).into()), wire: None })
+            .collect(),
         ports: serde_json::from_value(json!([{"host": 81, "guest": 80}])).unwrap(),
         document: BTreeMap::from([("/port".into(), json!({"81": 80})), ("/x".into(), json!(1))]),
     };

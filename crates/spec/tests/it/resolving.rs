@@ -54,7 +54,7 @@ fn every_fault_is_reported_at_once() {
             files[1].path: "/a/../b" is not an absolute path of a file in the guest
             files[2]: a file needs either `source` or `content`
             disks: disk0 appears twice
-            ports: a machine without interfaces has no ports to lead to
+            ports: a machine without interfaces on a network has no ports to lead to
             ready: "sometime" is not console:REGEX, port:N or dhcp
             hostname: "a..b" is not a host name
             ssh_keys[0]: this is not one line of a public SSH key

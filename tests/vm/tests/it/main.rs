@@ -16,5 +16,6 @@ mod probe;
 mod rootless;
 mod vmadm;
 mod vmm;
+mod wires;
 mod xcluster;
 mod zero_os;

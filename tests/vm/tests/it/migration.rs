@@ -54,7 +54,7 @@ fn moves(board: &str, accel: &str) {
     // Both are one host here, on which a port can be had once.
     to.ok(&["ls"]);
     let ports = json!([{"host": right, "guest": 7, "protocol": "udp"}]);
-    let expect = json!({"do": "expect", "id": id, "networks": ["default"], "ports": ports,
+    let expect = json!({"do": "expect", "id": id, "nics": [{"network": "default"}], "ports": ports,
                         "document": {}});
     assert!(ask(&to, &expect).contains("done"));
     let counted = from.ticks("p");
