@@ -410,7 +410,7 @@ impl<C: Control> Door<C> {
         let Some(index) = machine.params.nics.iter().position(same) else {
             return Err(Failure::new("The nic you tried is not attached to the vm"));
         };
-        self.change(&machine, Change::RemoveNic { name: format!("nic{index}") }).await?;
+        self.change(&machine, Change::RemoveNic { name: nics::name(&nic) }).await?;
         self.remember(&machine, |kept| drop(kept.nics.remove(index))).await
     }
 

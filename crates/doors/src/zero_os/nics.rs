@@ -44,9 +44,9 @@ pub(super) fn after(sequence: u16) -> u16 {
 
 /// What is wrong with a list of interfaces.
 pub(super) fn check(nics: &[Nic]) -> Result<(), Failure> {
-    let mut bridges: Vec<&str> = Vec::new();
     let mut default = false;
-    for nic in nics {
+    for (i, nic) in nics.iter().enumerate() {
+        let again = nics[..i].iter().any(|other| other.kind == nic.kind && other.id == nic.id);
         match nic.kind.as_str() {
             "default" if default => return fail("only one default network is allowed"),
             "default" => default = true,
@@ -55,14 +55,13 @@ pub(super) fn check(nics: &[Nic]) -> Result<(), Failure> {
                     "cannot use bridge kvm0 with nic type 'bridge', please use type default instead",
                 );
             }
-            "bridge" if bridges.contains(&nic.id.as_str()) => {
+            kind @ ("bridge" | "vlan" | "vxlan" | "macvlan" | "passthrough") if again => {
                 return fail(format!(
-                    "connecting to bridge '{}' more than one time is not allowed",
+                    "connecting to {kind} '{}' more than one time is not allowed",
                     nic.id
                 ));
             }
-            "bridge" => bridges.push(&nic.id),
-            "vlan" | "vxlan" | "macvlan" | "passthrough" => {}
+            "bridge" | "vlan" | "vxlan" | "macvlan" | "passthrough" => {}
             other => return fail(format!("invalid nic type '{other}'")),
         }
     }
@@ -85,10 +84,26 @@ pub struct Links {
     pub vxbackend: Option<String>,
 }
 
+/// What an interface is called on this host: it follows from what it is, as there is one of each.
+pub(super) fn name(nic: &Nic) -> String {
+    let Nic { kind, id, .. } = nic;
+    if kind == "default" {
+        return kind.clone();
+    }
+    let plain =
+        id.len() <= 12 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    if plain {
+        return format!("{kind}-{id}");
+    }
+    // FNV-1a: two of theirs must not become one of ours.
+    let step = |h: u32, b: u8| (h ^ u32::from(b)).wrapping_mul(0x0100_0193);
+    format!("{kind}-{:08x}", id.bytes().fold(0x811c_9dc5, step))
+}
+
 /// An interface as it is asked for.
 pub(super) fn draft(nic: &Nic, sequence: u16, links: &Links) -> Result<NicDraft, Failure> {
     let own = Some(nic.hwaddr.clone()).filter(|mac| !mac.is_empty());
-    let plain = || NicDraft { mac: own.clone(), ..NicDraft::default() };
+    let plain = || NicDraft { name: Some(name(nic)), mac: own.clone(), ..NicDraft::default() };
     // What is meant by a name: a network, or else a link of the host.
     let on = |name: &str, wire: Option<String>| match links.networks.get(name) {
         Some(network) => Some(NicDraft { network: Some(network.clone()), ..plain() }),
@@ -106,7 +121,7 @@ pub(super) fn draft(nic: &Nic, sequence: u16, links: &Links) -> Result<NicDraft,
             address: Some(address(sequence).to_string()),
             prefix: Some(PREFIX),
             gateway: Some(GATEWAY.into()),
-            ..NicDraft::default()
+            ..plain()
         }),
         "bridge" => on(id, Some(format!("bridge:{id}"))).ok_or_else(|| missing("bridge")),
         "vlan" => {
@@ -183,6 +198,10 @@ mod tests {
                 vec![nic("bridge", "b"), nic("bridge", "b")],
                 "connecting to bridge 'b' more than one time is not allowed",
             ),
+            (
+                vec![nic("vlan", "1"), nic("vxlan", "1"), nic("vlan", "1")],
+                "connecting to vlan '1' more than one time is not allowed",
+            ),
         ] {
             assert_eq!(check(&nics).unwrap_err().message, why);
         }
@@ -216,8 +235,11 @@ mod tests {
             ("vxlan", "9", Some("vxlan:9@eth2"), None),
             ("macvlan", "eth0", Some("macvlan:eth0"), None),
             ("passthrough", "eth0", Some("passthrough:eth0"), None),
+            ("passthrough", "eth0.4094-x", Some("passthrough:eth0.4094-x"), None),
         ] {
             let draft = draft(&nic(kind, id), 2, &links).unwrap();
+            let name = draft.name.unwrap();
+            assert!(name.parse::<lodge_spec::names::DeviceName>().is_ok(), "{name}");
             assert_eq!((draft.wire.as_deref(), draft.network.as_deref()), (wire, network));
         }
     }

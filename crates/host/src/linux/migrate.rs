@@ -4,8 +4,9 @@
 //! may let the guest run.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -99,8 +100,11 @@ impl Proofs {
         let (name, word) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4().to_string());
         let name = format!(".lodge-{name}");
         let path = disk.with_file_name(&name);
-        fs::write(&path, &word)?;
+        let mut options = fs::File::options();
+        let mut file = options.create_new(true).write(true).mode(0o600).open(&path)?;
         self.0.push(path);
+        file.write_all(word.as_bytes())?;
+        file.sync_all()?;
         Ok((name, word))
     }
 }

@@ -79,6 +79,8 @@ pub fn main() -> ExitCode {
         -1 => return ExitCode::FAILURE,
         _ => return ExitCode::SUCCESS,
     }
+    // What ends the session of whoever started us is not meant for the disk.
+    let _ = rustix::process::setsid();
     // SAFETY: closes what whoever started us had open for others; nothing here has wrapped it.
     unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
     // SAFETY: sets one number of the allocator; threads that wait need no heap each.

@@ -223,7 +223,10 @@ fn a_machine_of_zero_os_moves_with_its_clients_words() {
     for (arguments, why) in [
         (json!({"nics": nics}), "UUID is a required parameter"),
         (json!({"uuid": uuid, "nics": [{"type": "foo"}]}), "invalid nic type 'foo'"),
-        (json!({"uuid": uuid, "nics": [{"type": "bridge", "id": "b"}]}), "bridge 'b' not found"),
+        (
+            json!({"uuid": uuid, "nics": [{"type": "vlan", "id": "9999"}]}),
+            "invalid vlan id (0-4094)",
+        ),
         (json!({"uuid": uuid, "nics": nics, "port": {"0": 80}}), "invalid port number"),
     ] {
         assert_eq!(there.error("kvm.prepare_migration_target", arguments).1, why);

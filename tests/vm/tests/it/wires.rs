@@ -168,10 +168,21 @@ fn zero_os_names_links_in_its_own_words() {
     );
     let info = client.value("kvm.info", json!({"uuid": uuid}));
     assert_eq!(info["Net"].as_array().unwrap().len(), 4, "{info}");
-    // It comes and goes while the machine runs.
-    let nic = json!({"uuid": uuid, "type": "bridge", "id": "lan0"});
-    let (_, why) = client.error("kvm.add_nic", nic.clone());
+    let nic = |kind: &str, id: &str| json!({"uuid": uuid, "type": kind, "id": id});
+    let (_, why) = client.error("kvm.add_nic", nic("bridge", "lan0"));
     assert_eq!(why, "This nic is already attached to the vm");
+    let (_, why) = client.error("kvm.remove_nic", nic("bridge", "lan9"));
+    assert_eq!(why, "The nic you tried is not attached to the vm");
+    // More come while the machine runs.
+    for id in ["lan1", "lan2"] {
+        cable.host.ip(&format!("link add {id} type bridge"));
+        assert_eq!(client.value("kvm.add_nic", nic("bridge", id)), Value::Null, "{id}");
+    }
+    let got = client.value("kvm.get", json!({"uuid": uuid}));
+    let ids = got["params"]["nics"].as_array().unwrap().iter().map(|nic| &nic["id"]);
+    assert_eq!(ids.collect::<Vec<_>>(), ["", "lan0", "7", "eth0", "lan1", "lan2"]);
+    let ports = links(&cable.host).iter().filter(|name| name.starts_with("lg")).count();
+    assert_eq!(ports, 3, "one for each bridge that is joined");
     client.value("kvm.destroy", json!({"uuid": uuid}));
     assert_eq!(client.value("kvm.list", json!({})), json!([]));
 }
