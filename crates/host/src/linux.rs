@@ -37,6 +37,7 @@ use crate::facts::Facts;
 use crate::flist;
 use crate::flist::root::Root;
 use crate::image::store::Images;
+use crate::net::wires;
 use crate::paths::Paths;
 use crate::survey::Surveyor;
 use crate::warden::message::{self, Ask};
@@ -115,6 +116,8 @@ impl Linux {
         keep: bool,
     ) -> Result<Choice, Problems> {
         let facts = self.facts().await;
+        // Before anything is made for it.
+        wires::check_all(machine).or(())?;
         let mut root = self.root(machine, home, keep).await?;
         let whole = root.take_if(|root| root.found.whole.is_some());
         let whole = whole.map(|root| flist::whole::machine(machine, &root));

@@ -209,6 +209,8 @@ pub(super) fn draft(
         shares: Some(shares.collect()),
         files: Some(files.collect()),
         accel: Some(settings.accel.clone()),
+        // Theirs; what is there from the start can be taken away on it, too.
+        board: Some("pc".into()),
         ephemeral: Some(true),
         origin: Some(OriginDraft {
             door: Some(DOOR.into()),

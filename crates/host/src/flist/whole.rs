@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use lodge_spec::machine::{Boot, BootDevice, Disk, DiskSource, Firmware, Machine, Media};
+use lodge_spec::machine::{Board, Boot, BootDevice, Disk, DiskSource, Firmware, Machine, Media};
 
 use super::root::Root;
 use crate::backend::DiskFormat;
@@ -128,6 +128,10 @@ pub fn machine(machine: &Machine, root: &Root) -> Machine {
     let uefi = root.found.whole.is_some_and(|whole| whole.uefi);
     let firmware = if uefi { Firmware::Uefi } else { Firmware::Bios };
     own.boot = Boot::Firmware { firmware, order: vec![BootDevice::Disk], once: None };
+    if uefi && own.board == Some(Board::Pc) {
+        // That one knows no UEFI.
+        own.board = Some(Board::Q35);
+    }
     if let (Some(below), Some(disk)) = (&root.below, own.disks.iter_mut().find(|d| is_disk(d))) {
         disk.source = DiskSource::Above(below.clone());
     }

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
 
+use lodge_spec::machine::Machine;
 use lodge_spec::names::Mac;
+use lodge_spec::problem::Problems;
 use lodge_spec::wire::Wire;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Mutex;
@@ -50,8 +52,18 @@ pub(super) enum Place {
     Own(String),
 }
 
-/// That the host has the link.
-pub(crate) fn check(wire: &Wire) -> Result<(), String> {
+/// That the host has the links that a machine is wired to.
+pub(crate) fn check_all(machine: &Machine) -> Problems {
+    let mut problems = Problems::default();
+    for (i, nic) in machine.nics.iter().enumerate() {
+        if let Some(wire) = &nic.wire {
+            problems.take(&format!("nics[{i}].wire"), check(wire));
+        }
+    }
+    problems
+}
+
+fn check(wire: &Wire) -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("only root wires machines to links of the host".into());
     }

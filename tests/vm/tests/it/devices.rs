@@ -55,6 +55,32 @@ fn devices_come_and_go_while_the_machine_runs() {
     assert!(complaint.contains("memory.max"), "{complaint}");
 }
 
+/// The old board lets go of what was there from the start.
+#[test]
+fn devices_go_that_were_there_from_the_start() {
+    let lab = Lab::new();
+    let more = "board: pc\ndisks: [{size: 1MiB}, {size: 2MiB}]\n";
+    let text = kernel_boot(more).replace("nics: []", "nics: [{}, {}]");
+    start(&lab, "a", &text);
+    let sees = |typed: &str, answer: &str| lab.type_and_see("a", typed, answer);
+    sees(
+        "echo blk-$(ls /sys/block | grep -c vd) net-$(ls /sys/class/net | grep -c eth)\n",
+        "blk-2 net-2",
+    );
+    lab.ok(&["set", "a", "--remove-disk", "disk0"]);
+    lab.ok(&["set", "a", "--remove-nic", "nic0"]);
+    sees("echo now-$(ls /sys/block | grep -c vd)-$(ls /sys/class/net | grep -c eth)\n", "now-1-1");
+    lab.ok(&["set", "a", "--add-nic", "default"]);
+    sees("sleep 2; echo again-$(ls /sys/class/net | grep -c eth)\n", "again-2");
+    let names: Vec<String> = lab.json(&["inspect", "a"])["machine"]["nics"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|nic| nic["name"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(names, ["nic1", "nic2"]);
+}
+
 #[test]
 fn a_microvm_says_that_it_takes_no_devices() {
     let lab = Lab::new();
