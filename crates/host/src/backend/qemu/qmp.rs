@@ -17,6 +17,8 @@ use crate::fdpass;
 
 /// An answer takes at most this long before QEMU counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// One that is just starting among hundreds has more; its end is noticed by others.
+const BEGINNING: Duration = Duration::from_secs(120);
 /// A line longer than this is not QEMU's.
 const MAX_LINE: u64 = 16 << 20;
 
@@ -67,7 +69,7 @@ impl Qmp {
         });
         let writer = tokio::sync::Mutex::new((writer, 0));
         let qmp = Arc::new(Self { writer, waiting, gone });
-        qmp.ask("qmp_capabilities", Value::Null).await?;
+        qmp.send("qmp_capabilities", Value::Null, None, BEGINNING).await?;
         Ok((qmp, receiver))
     }
 
@@ -78,7 +80,7 @@ impl Qmp {
     }
 
     pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        self.send(command, arguments, None).await
+        self.send(command, arguments, None, PATIENCE).await
     }
 
     /// Hands a descriptor over with the command, as `add-fd` and `getfd` want it.
@@ -88,7 +90,7 @@ impl Qmp {
         arguments: Value,
         fd: BorrowedFd<'_>,
     ) -> Result<Value, QmpError> {
-        self.send(command, arguments, Some(fd)).await
+        self.send(command, arguments, Some(fd), PATIENCE).await
     }
 
     async fn send(
@@ -96,6 +98,7 @@ impl Qmp {
         command: &str,
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
+        patience: Duration,
     ) -> Result<Value, QmpError> {
         let (sender, answer) = oneshot::channel();
         let mut locked = self.writer.lock().await;
@@ -110,7 +113,7 @@ impl Qmp {
         self.waiting.lock().expect("not poisoned").insert(id, sender);
         fdpass::send_bytes(writer.as_ref(), line.as_bytes(), fd).await?;
         drop(locked);
-        match tokio::time::timeout(PATIENCE, answer).await {
+        match tokio::time::timeout(patience, answer).await {
             Ok(Ok(Ok(value))) => Ok(value),
             Ok(Ok(Err(text))) => Err(QmpError::Refused { command: command.to_owned(), text }),
             Ok(Err(_)) => Err(QmpError::Gone),
