@@ -4,7 +4,8 @@
 
 use std::io::{self, Read, Write};
 
-const INIT: &[u8; 8] = b"NBDMAGIC";
+/// The first that a server says.
+pub const INIT: &[u8; 8] = b"NBDMAGIC";
 const OPTION: &[u8; 8] = b"IHAVEOPT";
 const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
 const REQUEST: u32 = 0x2560_9513;

@@ -9,12 +9,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use lodge_formats::nbd::INIT;
 use lodge_spec::nbd::Server;
 use lodge_spec::remote::Remote;
 
 /// A server of disks takes a connection within this.
 const CONNECT: Duration = Duration::from_secs(5);
-const GREETING: &[u8; 8] = b"NBDMAGIC";
 /// One that takes nothing for so long is gone; the guest's requests fail then.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -39,10 +39,10 @@ fn greeted(server: &OwnedFd) -> Result<(), String> {
     if poll(&mut wait, Some(&limit)).map_err(|e| e.to_string())? == 0 {
         return Err(silent());
     }
-    let mut greeting = [0; GREETING.len()];
+    let mut greeting = [0; INIT.len()];
     let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::WAITALL;
     match rustix::net::recv(server, &mut greeting, flags) {
-        Ok(_) if greeting == *GREETING => Ok(()),
+        Ok(_) if greeting == *INIT => Ok(()),
         Ok((0, _)) => Err(silent()),
         Ok(_) => Err("what listens there does not speak NBD".to_owned()),
         Err(error) => Err(error.to_string()),

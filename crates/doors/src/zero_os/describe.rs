@@ -90,9 +90,7 @@ pub(super) fn info(machine: &Machine, usage: &Usage) -> Value {
             "WrBytes": traffic.out_bytes, "WrTimes": traffic.out_operations,
         })
     });
-    let all = [vcpu.collect::<Vec<_>>(), net.collect(), block.collect()];
-    let [vcpu, net, block] = all;
-    json!({"Vcpu": vcpu, "Net": net, "Block": block})
+    json!({"Vcpu": Value::from_iter(vcpu), "Net": Value::from_iter(net), "Block": Value::from_iter(block)})
 }
 
 /// Where a hypervisor tells of all disks at once, they go by the first one's name.

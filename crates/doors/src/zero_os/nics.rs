@@ -55,13 +55,14 @@ pub(super) fn check(nics: &[Nic]) -> Result<(), Failure> {
                     "cannot use bridge kvm0 with nic type 'bridge', please use type default instead",
                 );
             }
-            kind @ ("bridge" | "vlan" | "vxlan" | "macvlan" | "passthrough") if again => {
-                return fail(format!(
-                    "connecting to {kind} '{}' more than one time is not allowed",
-                    nic.id
-                ));
+            kind @ ("bridge" | "vlan" | "vxlan" | "macvlan" | "passthrough") => {
+                if again {
+                    return fail(format!(
+                        "connecting to {kind} '{}' more than one time is not allowed",
+                        nic.id
+                    ));
+                }
             }
-            "bridge" | "vlan" | "vxlan" | "macvlan" | "passthrough" => {}
             other => return fail(format!("invalid nic type '{other}'")),
         }
     }
