@@ -45,8 +45,8 @@ impl Segments {
             batch += &format!("addr add {address}/{prefix} dev {bridge} nodad\n");
         }
         batch += &format!("link set {bridge} up\n");
+        batch += &ask_often(&bridge);
         ip(&batch).await?;
-        ask_often(&bridge);
         known.insert(number);
         let address = gateway.map(|(address, _)| address);
         Ok(address.iter().flat_map(|a| NAME_PORTS.map(|p| SocketAddr::from((*a, p)))).collect())

@@ -48,9 +48,11 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
          addr add {names}/{PREFIX} dev {BRIDGE}\n\
          addr add {SCRIPT}/32 dev {BRIDGE}\n\
          addr add {METADATA}/32 dev {BRIDGE}\n\
-         link set {BRIDGE} up\n",
+         link set {BRIDGE} up\n\
+         {patience}",
         gateway = plan.gateway(),
         names = plan.names(),
+        patience = ask_often(BRIDGE),
     );
     let mut rules =
         String::from("table ip lodge {\n chain out {\n  type nat hook postrouting priority 100;\n");
@@ -70,17 +72,17 @@ pub(crate) async fn inside(plan: &NetPlan, host_pid: Option<u32>) -> Result<(), 
     rules += " }\n}\n";
     rules += guard::TABLE;
     ip(&batch).await?;
-    ask_often(BRIDGE);
     nft(&rules).await?;
     let forward = Path::new("/proc/sys/net/ipv4/ip_forward");
     fs::write(forward, "1").map_err(|e| SetupError::Step("turning on forwarding", e))
 }
 
-/// Neighbours that were just started are asked for often: a second is long for them.
-pub(super) fn ask_often(interface: &str) {
-    let path = format!("/proc/sys/net/ipv4/neigh/{interface}/retrans_time_ms");
-    // Without it they are found a little later.
-    let _ = fs::write(path, "100");
+/// For `ip`: neighbours are asked for ten times a second, because a second is long for who was just
+/// started, and for ten seconds, because who was just brought back can be that busy.
+pub(super) fn ask_often(interface: &str) -> String {
+    format!(
+        "ntable change name arp_cache dev {interface} retrans 100 mcast_probes 100 ucast_probes 100\n"
+    )
 }
 
 /// The host's end of the link: an address, masquerading, and no way in but answers.

@@ -71,6 +71,22 @@ fn networks_do_not_meet_and_the_host_is_not_reached() {
     assert!(listener.accept().is_err(), "somebody got through");
 }
 
+/// One that hears nothing for a while, as when its host is busy, is not taken for one that is gone.
+#[test]
+fn who_comes_while_a_machine_pauses_is_heard_afterwards() {
+    let lab = Lab::new();
+    run(&lab, "web", &["--port", "18438:80"]);
+    lab.ok(&["pause", "web"]);
+    let page = std::thread::scope(|scope| {
+        let page = scope.spawn(|| get(18438));
+        // Longer than the host goes by what it may know of its neighbour without asking.
+        std::thread::sleep(std::time::Duration::from_secs(7));
+        lab.ok(&["resume", "web"]);
+        page.join().unwrap()
+    });
+    assert!(page.contains("served-by-"), "{page:?}");
+}
+
 #[test]
 fn readiness_can_be_a_lease_or_an_open_port() {
     let lab = Lab::new();
