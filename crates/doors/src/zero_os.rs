@@ -15,6 +15,7 @@ mod session;
 mod statistics;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -40,6 +41,8 @@ pub struct Settings {
     /// Where blocks of flists are that do not say so themselves.
     pub storage: Option<String>,
     pub links: Links,
+    /// Host address on which machines show their screens; they have none where it is absent.
+    pub screens: Option<IpAddr>,
     /// `auto`, or how guest code is executed.
     pub accel: String,
     pub version: String,

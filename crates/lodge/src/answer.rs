@@ -153,10 +153,14 @@ impl Answer {
                 let machine = Box::new(detail(&*self.record(&target)?));
                 Ok(Reply::Detail { machine })
             }
-            Request::Usage { target } => {
+            Request::Usage { target, each_cpu } => {
                 let record = self.record(&target)?;
-                let usage = self.keeper.host().usage(&record.machine).await;
+                let usage = self.keeper.host().usage(&record.machine, each_cpu).await;
                 Ok(Reply::Usage { usage: Box::new(usage) })
+            }
+            Request::Ends { target } => {
+                let id = self.record(&target)?.machine.id;
+                Ok(Reply::Ends { ends: self.keeper.host().ends(id).await })
             }
             Request::Inspect { target } => self.inspect(&target).await,
             Request::Why { target } => self.why(&target).await,

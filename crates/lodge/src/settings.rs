@@ -49,6 +49,8 @@ struct ZeroOsFile {
     backplane: Option<String>,
     /// The host's interface that carries VXLANs which are not among those.
     vxbackend: Option<String>,
+    /// Host address on which screens are shown, or `off`.
+    vnc_address: Option<String>,
     accel: Option<String>,
     tls: Option<Tls>,
 }
@@ -226,6 +228,17 @@ pub(crate) fn zero_os(paths: &Paths, flags: &Flags) -> Result<Option<ZeroOs>> {
         let name_of: Result<NetName, _> = network.parse();
         name_of.map_err(|e| anyhow!("zero_os.networks.{name}: {e}"))?;
     }
+    let screens = match file.vnc_address.as_deref() {
+        None => Some(Ipv4Addr::LOCALHOST.into()),
+        Some("off") => None,
+        Some(text) => {
+            let address = text.parse();
+            Some(
+                address
+                    .map_err(|_| anyhow!("zero_os.vnc_address: {text:?} is not an IP or off"))?,
+            )
+        }
+    };
     let settings = zero_os::Settings {
         organization,
         storage: file.storage,
@@ -234,6 +247,7 @@ pub(crate) fn zero_os(paths: &Paths, flags: &Flags) -> Result<Option<ZeroOs>> {
             backplane: file.backplane,
             vxbackend: file.vxbackend,
         },
+        screens,
         accel: accel("zero_os.accel", file.accel)?,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };

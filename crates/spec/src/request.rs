@@ -13,7 +13,7 @@ use crate::machine::Segment;
 use crate::migration::{Expected, Migration};
 use crate::names::{ImageName, MachineId, NetName};
 use crate::problem::Problem;
-use crate::state::{Detail, Event, State, Summary, Usage};
+use crate::state::{Detail, Ends, Event, State, Summary, Usage};
 use crate::throttle::DiskLimits;
 
 /// A machine as people name it: its name, its UUID or an unambiguous start of the UUID.
@@ -136,8 +136,14 @@ pub enum Request {
     Fetch {
         target: Target,
     },
-    /// What a machine uses now.
+    /// What a machine uses now; `each_cpu` for the time that each virtual CPU had.
     Usage {
+        target: Target,
+        #[serde(default)]
+        each_cpu: bool,
+    },
+    /// Where a running machine meets its host.
+    Ends {
         target: Target,
     },
     Inspect {
@@ -356,6 +362,9 @@ pub enum Reply {
     },
     Usage {
         usage: Box<Usage>,
+    },
+    Ends {
+        ends: Ends,
     },
     /// A document with a shape documented beside its command.
     Document {

@@ -1,6 +1,8 @@
 //! The states of a machine's life and what is published about one. Knows no transition; those are
 //! in the machine crate.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::draft::MdataDraft;
@@ -136,7 +138,7 @@ pub struct Usage {
     pub cpu_percent: f64,
     pub memory_bytes: u64,
     pub uptime_ms: u64,
-    /// Nanoseconds of processor time of each virtual CPU that is online.
+    /// Nanoseconds of processor time of each virtual CPU that is online, where that was asked for.
     pub cpus_ns: Vec<u64>,
     /// Of all disks, and of each.
     pub disk: Traffic,
@@ -147,6 +149,15 @@ pub struct Usage {
     /// Control socket of the hypervisor.
     pub socket: Option<String>,
     pub interface: Option<Interface>,
+}
+
+/// Where a running machine meets its host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ends {
+    /// Names of its interfaces' ends.
+    pub interfaces: Vec<String>,
+    /// Where its screen is shown over VNC.
+    pub screen: Option<SocketAddr>,
 }
 
 /// As the guest sees it: what it received or read, what it sent or wrote.

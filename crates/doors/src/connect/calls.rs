@@ -74,7 +74,7 @@ impl<C: Control> Door<C> {
     }
 
     pub(super) async fn usage(&self, target: String) -> Usage {
-        match self.ask(Request::Usage { target }).await {
+        match self.ask(Request::Usage { target, each_cpu: false }).await {
             Ok(Reply::Usage { usage }) => *usage,
             // It may have ended since; then it uses nothing.
             Ok(_) | Err(_) => Usage::default(),

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use lodge_spec::draft::{
-    CpusDraft, DiskDraft, Draft, FileDraft, MemoryDraft, NicDraft, OriginDraft, PortDraft,
-    ShareDraft,
+    CpusDraft, DiskDraft, DisplayDraft, Draft, FileDraft, MemoryDraft, NicDraft, OriginDraft,
+    PortDraft, ShareDraft,
 };
 use lodge_spec::flist::{self, FlistDraft};
 use lodge_spec::remote::Remote;
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -51,8 +52,23 @@ pub(super) struct Media {
     #[serde(rename = "type")]
     pub(super) kind: String,
     pub(super) bus: String,
+    /// What its disk is called here, whichever others come and go; only written down.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) disk: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) iotune: Option<Value>,
+}
+
+impl Media {
+    /// What its disk is called where it is the one of this number.
+    pub(super) fn disk_name(&self, index: usize) -> String {
+        let letter = |n: usize| (b'a' + (n % 26) as u8) as char;
+        let kind = if self.kind == "cdrom" { "hd" } else { "vd" };
+        match index / 26 {
+            0 => format!("{kind}{}", letter(index)),
+            more => format!("{kind}{}{}", letter(more - 1), letter(index)),
+        }
+    }
 }
 
 /// What is written down with a machine.
@@ -74,6 +90,9 @@ pub(super) fn params(arguments: &Value, tags: Option<&[String]>) -> Result<Param
         .collect();
     let params = serde_json::from_value::<Params>(Value::Object(given));
     let mut params = params.map_err(|e| Failure::new(e.to_string()))?;
+    for (index, media) in params.media.iter_mut().flatten().enumerate() {
+        media.disk = media.disk_name(index);
+    }
     // Tags are the command's.
     params.tags = tags.map(<[String]>::to_vec);
     check(&params)?;
@@ -124,10 +143,10 @@ fn check(params: &Params) -> Result<(), Failure> {
 }
 
 /// A disk of a running or a coming machine.
-pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
+pub(super) fn disk(media: &Media) -> Result<DiskDraft, Failure> {
     let source = match media.url.split_once("://") {
         None => media.url.clone(),
-        Some(("file", path)) => path.to_owned(),
+        Some(("file", path)) => percent_decode_str(path).decode_utf8_lossy().into_owned(),
         Some(_) if Remote::is_meant(&media.url) => media.url.clone(),
         Some((scheme, _)) => {
             return Err(Failure::new(format!(
@@ -142,11 +161,8 @@ pub(super) fn disk(media: &Media, index: usize) -> Result<DiskDraft, Failure> {
         other => return Err(Failure::new(format!("invalid media type '{other}'"))),
     };
     let limits = media.iotune.as_ref().map(iotune::limits).transpose()?.flatten();
-    // The letter is behind the others, whichever of them went away meanwhile.
-    let letter = (b'a' + (index % 26) as u8) as char;
-    let letters = if index < 26 { letter.to_string() } else { format!("a{letter}") };
     Ok(DiskDraft {
-        name: Some(format!("{}{letters}", if cdrom { "hd" } else { "vd" })),
+        name: Some(media.disk.clone()),
         source: Some(source),
         media: cdrom.then(|| "cdrom".into()),
         bus: Some(media.bus.clone()).filter(|bus| !bus.is_empty() && !cdrom),
@@ -173,8 +189,8 @@ pub(super) fn draft(
     sequence: u16,
     settings: &Settings,
 ) -> Result<Draft, Failure> {
-    let media = params.media.iter().flatten().enumerate();
-    let disks: Vec<DiskDraft> = media.map(|(i, media)| disk(media, i)).collect::<Result<_, _>>()?;
+    let media = params.media.iter().flatten();
+    let disks: Vec<DiskDraft> = media.map(disk).collect::<Result<_, _>>()?;
     let (nics, ports) = network(&params.nics, params.port.as_ref(), sequence, settings)?;
     let shares = params.mount.iter().flatten().map(|mount| ShareDraft {
         source: Some(mount.source.clone()),
@@ -211,6 +227,10 @@ pub(super) fn draft(
         accel: Some(settings.accel.clone()),
         // Theirs; what is there from the start can be taken away on it, too.
         board: Some("pc".into()),
+        display: settings.screens.map(|address| DisplayDraft {
+            address: Some(address.to_string()),
+            ..DisplayDraft::default()
+        }),
         ephemeral: Some(true),
         origin: Some(OriginDraft {
             door: Some(DOOR.into()),

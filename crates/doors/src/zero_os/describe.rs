@@ -1,6 +1,6 @@
 //! Machines and what they use, in that system's words.
 
-use lodge_spec::state::{Detail, Device, State, Usage};
+use lodge_spec::state::{Detail, Device, Ends, State, Usage};
 use serde_json::{Value, json};
 
 use super::create::{Kept, Params};
@@ -39,22 +39,25 @@ impl Machine {
         }
     }
 
-    /// What `kvm.list` and `kvm.get` say. `taps`: names of its interfaces on the host.
-    pub(super) fn value(&self, taps: &[String]) -> Value {
+    /// What `kvm.list` and `kvm.get` say.
+    pub(super) fn value(&self, ends: &Ends) -> Value {
         let mut params = json!(self.params);
         if let Some(all) = params["nics"].as_array_mut() {
             for nic in all.iter_mut().filter(|nic| nic["type"] == "default") {
                 nic["hwaddr"] = json!(nics::mac(self.sequence));
             }
         }
+        for medium in params["media"].as_array_mut().into_iter().flatten() {
+            let _ = medium.as_object_mut().map(|medium| medium.remove("disk"));
+        }
         json!({
             "id": self.sequence,
             "uuid": self.uuid,
             "name": self.name,
             "state": state(self.state),
-            "vnc": -1,
+            "vnc": ends.screen.map_or(-1, |at| i32::from(at.port())),
             "tags": self.params.tags,
-            "ifctargets": taps,
+            "ifctargets": ends.interfaces,
             "default_ip": nics::address(self.sequence).to_string(),
             "params": params,
         })

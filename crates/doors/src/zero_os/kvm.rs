@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use lodge_spec::draft::{Draft, NicDraft};
 use lodge_spec::migration::{Expected, Leads};
 use lodge_spec::request::{Change, Page, Refusal, Reply, Request};
-use lodge_spec::state::Usage;
+use lodge_spec::state::{Ends, Usage};
 use serde_json::{Value, json};
 
 use super::create::{self, Media};
@@ -157,7 +157,8 @@ impl<C: Control> Door<C> {
     }
 
     pub(super) async fn usage(&self, machine: &Machine) -> Usage {
-        match self.ask(Request::Usage { target: machine.uuid.clone() }).await {
+        let target = machine.uuid.clone();
+        match self.ask(Request::Usage { target, each_cpu: true }).await {
             Ok(Reply::Usage { usage }) => *usage,
             // It may have ended since; then it uses nothing.
             Ok(_) | Err(_) => Usage::default(),
@@ -245,9 +246,12 @@ impl<C: Control> Door<C> {
     }
 
     async fn value(&self, machine: &Machine) -> Value {
-        let usage = self.usage(machine).await;
-        let taps: Vec<String> = usage.interface.into_iter().map(|i| i.tap).collect();
-        machine.value(&taps)
+        let ends = match self.ask(Request::Ends { target: machine.uuid.clone() }).await {
+            Ok(Reply::Ends { ends }) => ends,
+            // It may have ended since.
+            Ok(_) | Err(_) => Ends::default(),
+        };
+        machine.value(&ends)
     }
 
     async fn get(&self, arguments: &Value) -> Done {
@@ -289,29 +293,19 @@ impl<C: Control> Door<C> {
 
     async fn attach_disk(&self, arguments: &Value) -> Done {
         let machine = self.find(&text(arguments, "uuid")).await?;
-        let media: Media = serde_json::from_value(arguments["media"].clone())
+        let mut media: Media = serde_json::from_value(arguments["media"].clone())
             .map_err(|e| Failure::new(e.to_string()))?;
         let all = machine.params.media.clone().unwrap_or_default();
         if all.iter().any(|m| m.url == media.url) {
             return Err(Failure::new("The disk you tried is already attached to the vm"));
         }
         // A number that none of the others has, also after one of them went away.
-        let used = |i: &usize| self.has_disk(&machine, *i);
-        let index = (all.len()..).find(|i| !used(i)).unwrap_or(all.len());
-        let disk = create::disk(&media, index)?;
-        let name = disk.name.clone().unwrap_or_default();
+        let mut names = (all.len()..).map(|index| media.disk_name(index));
+        let free = names.find(|name| all.iter().all(|m| m.disk != *name));
+        media.disk = free.unwrap_or_default();
+        let disk = create::disk(&media)?;
         self.change(&machine, Change::AddDisk { disk }).await?;
-        self.remember(&machine, |kept| {
-            let media = Media { bus: name, ..media };
-            kept.media.get_or_insert_default().push(media);
-        })
-        .await
-    }
-
-    fn has_disk(&self, machine: &Machine, index: usize) -> bool {
-        let name = |i| create::disk(&Media::default(), i).ok().and_then(|disk| disk.name);
-        let all = machine.params.media.iter().flatten();
-        all.into_iter().any(|m| Some(&m.bus) == name(index).as_ref())
+        self.remember(&machine, |kept| kept.media.get_or_insert_default().push(media)).await
     }
 
     async fn detach_disk(&self, arguments: &Value) -> Done {
@@ -327,13 +321,9 @@ impl<C: Control> Door<C> {
 
     /// The name that a medium's disk has.
     fn disk_of(machine: &Machine, url: &str) -> Result<String, Failure> {
-        let all = machine.params.media.as_deref().unwrap_or_default();
-        let Some(index) = all.iter().position(|m| m.url == url) else {
-            return Err(Failure::new("The disk you tried is not attached to the vm"));
-        };
-        let named = Some(all[index].bus.clone()).filter(|bus| bus.starts_with("vd"));
-        let usual = || create::disk(&all[index], index).ok().and_then(|disk| disk.name);
-        Ok(named.or_else(usual).unwrap_or_default())
+        let media = machine.params.media.iter().flatten().find(|m| m.url == url);
+        let none = || Failure::new("The disk you tried is not attached to the vm");
+        media.map(|media| media.disk.clone()).ok_or_else(none)
     }
 
     /// What is not said any more does not count any more.

@@ -10,12 +10,13 @@ use lodge_spec::machine::{Disk, DiskSource, Machine};
 use lodge_spec::names::MachineId;
 use lodge_spec::problem::Problems;
 use lodge_spec::request::Question;
+use lodge_spec::state::Ends;
 use serde_json::{Map, Value, json};
 
 use super::Linux;
 use super::drive::Drive;
 use super::launch::write_mdata;
-use super::live::{Live, Warden};
+use super::live::Live;
 use crate::backend::qemu::control::Control;
 use crate::backend::{Cgroup, Screen};
 use crate::facts::Facts;
@@ -116,7 +117,11 @@ impl Linux {
         let mut said = Map::new();
         for question in questions {
             let value = match question {
-                Question::Vnc => self.screen_place(id).await?,
+                Question::Vnc => {
+                    let place =
+                        |at: std::net::SocketAddr| json!({"host": at.ip(), "port": at.port()});
+                    self.live(id)?.status().await?.screen.map_or(Value::Null, place)
+                }
                 Question::Block
                 | Question::BlockStats
                 | Question::Chardev
@@ -134,12 +139,13 @@ impl Linux {
         Ok(Value::Object(said))
     }
 
-    /// Where the screen of a running machine can be seen; null where it cannot.
-    async fn screen_place(&self, id: MachineId) -> Result<Value, String> {
-        let live = self.live(id)?;
-        let warden = Warden::connect(&live.launch.warden.run).await?;
-        let place = |at: std::net::SocketAddr| json!({"host": at.ip(), "port": at.port()});
-        Ok(warden.status.screen.map_or(Value::Null, place))
+    /// Where a machine meets its host; nowhere where it does not run.
+    pub async fn ends(&self, id: MachineId) -> Ends {
+        let Ok(live) = self.live(id) else { return Ends::default() };
+        // One that is just ending has none either.
+        let status = live.status().await.unwrap_or_default();
+        let interfaces = status.taps.into_iter().map(|tap| tap.interface).collect();
+        Ends { interfaces, screen: status.screen }
     }
 
     pub async fn nmi(&self, id: MachineId) -> Result<(), String> {

@@ -112,7 +112,10 @@ impl Live {
                 let add = |fd| control.add_nic(nic, board, fd);
                 self.with_new_tap(machine, survey, networks, add).await
             }
-            Change::RemoveNic { name } => control.remove_nic(&name).await,
+            Change::RemoveNic { name } => {
+                control.remove_nic(&name).await?;
+                self.keep_taps(&survey.nics).await
+            }
             Change::AddPort { .. } | Change::RemovePort { .. } | Change::Document { .. } => Ok(()),
         }
     }
@@ -151,7 +154,10 @@ impl Live {
                 let nic = machine.nics.last().ok_or("no nic")?;
                 self.with_new_tap(machine, survey, networks, |fd| control.add_nic(nic, fd)).await
             }
-            Change::RemoveNic { name } => control.remove(&cloud::nic_id(&name)).await,
+            Change::RemoveNic { name } => {
+                control.remove(&cloud::nic_id(&name)).await?;
+                self.keep_taps(&survey.nics).await
+            }
             Change::DiskLimits { .. } => {
                 Err("cloud-hypervisor takes limits of disks only when it \
                                               is started; stop the machine first"

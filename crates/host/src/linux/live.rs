@@ -19,10 +19,10 @@ use super::launch::launch_file;
 use super::usage::Sample;
 use crate::backend::qemu::control::{Control, Stands, disk_error, meaning};
 use crate::backend::qemu::qmp::QmpEvent;
-use crate::backend::{Forward, Launch, ScreenPort, Tap};
+use crate::backend::{Forward, Launch, NicPlace, ScreenPort, Tap};
 use crate::fdpass::{self, Lines};
 use crate::paths::boot_id;
-use crate::warden::message::{self, Ask, Exit, Status, Tell};
+use crate::warden::message::{self, Ask, Exit, HeldTap, Status, Tell};
 
 /// After QEMU is gone its warden says how within this.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -293,6 +293,21 @@ impl Live {
 
     pub(super) async fn ask(&self, ask: Ask) -> Result<(), String> {
         self.asks.send(ask).map_err(|_| "the machine's warden is gone".to_owned())
+    }
+
+    /// What the warden says of itself now.
+    pub(super) async fn status(&self) -> Result<Status, String> {
+        Ok(Warden::connect(&self.launch.warden.run).await?.status)
+    }
+
+    /// Gives all interfaces back to their networks but these.
+    pub(super) async fn keep_taps(&self, nics: &[NicPlace]) -> Result<(), String> {
+        for HeldTap { interface, .. } in self.status().await?.taps {
+            if nics.iter().all(|nic| nic.interface != interface) {
+                self.ask(Ask::Untap { interface }).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Forwards these host ports and no others.

@@ -13,6 +13,7 @@ use crate::backend::Tap;
 use crate::net::client;
 use crate::net::plan::NetPlan;
 use crate::paths::Paths;
+use crate::warden::message::HeldTap;
 
 /// Processor time and age of a process.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,17 +23,22 @@ pub(super) struct Sample {
 }
 
 impl Linux {
-    /// All zero where the machine does not run.
-    pub async fn usage(&self, machine: &Machine) -> Usage {
+    /// All zero where the machine does not run. What each virtual CPU had is a question to the
+    /// hypervisor, and asked where `each_cpu`.
+    pub async fn usage(&self, machine: &Machine, each_cpu: bool) -> Usage {
         let Ok(live) = self.live(machine.id) else { return Usage::default() };
         let sample = sample(live.pid);
         let before = live.exchange_sample(sample);
         let mut nics = Vec::new();
-        for tap in &live.launch.warden.taps {
+        for HeldTap { interface, network } in live.status().await.unwrap_or_default().taps {
             // A network that does not answer has nothing to tell.
-            let traffic = client::count(&tap.network, &tap.interface).await.unwrap_or_default();
-            nics.push(Device { name: tap.interface.clone(), traffic });
+            let traffic = client::count(&network, &interface).await.unwrap_or_default();
+            nics.push(Device { name: interface, traffic });
         }
+        let cpus_ns = match each_cpu {
+            true => cpu_times(live.pid, &live.drive.cpu_threads().await),
+            false => Vec::new(),
+        };
         let disks = live.drive.disk_traffic().await;
         Usage {
             pid: live.pid,
@@ -40,7 +46,7 @@ impl Linux {
             cpu_percent: percent(before, sample, machine.cpus.count),
             memory_bytes: resident(live.pid),
             uptime_ms: sample.age.as_millis().try_into().unwrap_or(u64::MAX),
-            cpus_ns: cpu_times(live.pid, &live.drive.cpu_threads().await),
+            cpus_ns,
             disk: sum(&disks),
             disks,
             network: sum(&nics),

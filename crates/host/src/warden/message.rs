@@ -62,12 +62,29 @@ pub struct Status {
     /// Where the screen can be seen.
     #[serde(default)]
     pub screen: Option<SocketAddr>,
+    /// The interfaces that the machine has now, in the order in which they came.
+    #[serde(default)]
+    pub taps: Vec<HeldTap>,
     /// What the guest has written since its metadata was last set.
     #[serde(default)]
     pub wrote: Vec<Wrote>,
     /// What the guest has told of its setting up.
     #[serde(default)]
     pub bootstrap: Option<Bootstrap>,
+}
+
+/// An interface that a warden holds for its machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldTap {
+    pub interface: String,
+    /// The network's folder, with the socket of its keeper.
+    pub network: PathBuf,
+}
+
+impl HeldTap {
+    pub fn of(tap: &Tap) -> Self {
+        Self { interface: tap.interface.clone(), network: tap.network.clone() }
+    }
 }
 
 /// How the hypervisor ended. Kept in a file for daemons that were not there.

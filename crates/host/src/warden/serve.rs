@@ -16,7 +16,7 @@ use tokio::sync::broadcast;
 
 use super::console::{Log, Sign, Watcher};
 use super::forward::{self, Guest};
-use super::message::{Ask, Exit, Status, Tell, exit_file};
+use super::message::{Ask, Exit, HeldTap, Status, Tell, exit_file};
 use super::start::{Bound, Started, bind_ports};
 use super::{bootstrap, mdata, screen};
 use crate::backend::{Forward, Tap, WardenPlan};
@@ -117,8 +117,8 @@ async fn run(started: Started) {
     let console = tokio::task::spawn_local(read_console(shared.clone(), from_guest, watch));
     tokio::task::spawn_local(accept_attach(shared.clone(), attach, to_guest));
     tokio::task::spawn_local(accept_asks(shared.clone(), warden));
-    for (interface, connection) in networks {
-        watch_network(&shared, interface, connection, ready == "dhcp");
+    for (tap, connection) in networks {
+        watch_network(&shared, tap, connection, ready == "dhcp");
     }
     forward_ports(&shared, listeners);
     if let Some(tap) = Tap::reached(&plan.taps) {
@@ -353,7 +353,7 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
             let tell = Tell::Tap { error: made.as_ref().err().cloned() };
             let sent = fdpass::send(stream, &tell, fd.map(AsFd::as_fd)).await;
             if let (Ok(()), Ok((connection, _))) = (&sent, made) {
-                watch_network(shared, tap.interface, connection, false);
+                watch_network(shared, HeldTap::of(&tap), connection, false);
             }
             sent.is_ok()
         }
@@ -370,6 +370,7 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
                 }
                 stays
             });
+            shared.status.borrow_mut().taps.retain(|tap| tap.interface != interface);
             true
         }
     }
@@ -387,7 +388,7 @@ fn signal(shared: &Shared, number: i32) {
 /// Holds the connection that holds the interface, and hears of leases.
 fn watch_network(
     shared: &Rc<Shared>,
-    interface: String,
+    tap: HeldTap,
     connection: std::os::unix::net::UnixStream,
     lease_is_ready: bool,
 ) {
@@ -421,7 +422,8 @@ fn watch_network(
         }
         watched.mark("network-lost", "the network's keeper is gone");
     });
-    shared.networks.borrow_mut().push((interface, task));
+    shared.networks.borrow_mut().push((tap.interface.clone(), task));
+    shared.status.borrow_mut().taps.push(tap);
 }
 
 /// There is no event for a port that opens in a guest; asking again is all there is.

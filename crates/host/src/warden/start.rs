@@ -13,6 +13,7 @@ use std::process::Stdio;
 use lodge_jail::cgroup;
 use lodge_spec::machine::{Peers, Protocol};
 
+use super::message::HeldTap;
 use super::{message, root, screen};
 use crate::backend::{ConsoleEnd, Forward, OpenFile, WardenPlan};
 use crate::net::client;
@@ -30,7 +31,7 @@ pub(super) struct Started {
     pub(super) warden: UnixListener,
     pub(super) attach: UnixListener,
     pub(super) stderr: std::process::ChildStderr,
-    pub(super) networks: Vec<(String, UnixStream)>,
+    pub(super) networks: Vec<(HeldTap, UnixStream)>,
     pub(super) listeners: Vec<(Forward, Bound)>,
     pub(super) screen: Option<TcpListener>,
     /// Our end of the second serial port.
@@ -65,7 +66,7 @@ pub(super) fn start() -> Result<Started, String> {
     for tap in &plan.taps {
         let (connection, fd) = client::attach(tap)?;
         place(fd, tap.fd)?;
-        networks.push((tap.interface.clone(), connection));
+        networks.push((HeldTap::of(tap), connection));
     }
     let own = plan.console_log.parent().map(paths::own_folder_in);
     for file in &plan.files {

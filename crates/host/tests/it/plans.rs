@@ -155,8 +155,8 @@ fn a_kernel_with_a_disk_and_a_nic_under_tcg() {
             -object rng-builtin,id=rng0
             -device virtio-rng-device,rng=rng0
             -device virtio-balloon-device,id=balloon0,deflate-on-oom=on
-            -add-fd fd=100,set=1
-            -add-fd fd=101,set=2
+            -add-fd fd=100,set=1,opaque=disk-disk0
+            -add-fd fd=101,set=2,opaque=disk-disk0
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-1","read-only":true}
             -blockdev {"discard":"unmap","driver":"raw","file":"f-disk0-1","node-name":"d-disk0-1","read-only":true}
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk0-0","read-only":false}
@@ -189,12 +189,12 @@ fn firmware_disks_and_hotplug_room_under_kvm() {
             -object rng-builtin,id=rng0
             -device virtio-rng-pci,rng=rng0
             -device virtio-balloon-pci,id=balloon0,deflate-on-oom=on
-            -add-fd fd=100,set=1
+            -add-fd fd=100,set=1,opaque=disk-disk0
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-0","read-only":false}
             -blockdev {"backing":null,"discard":"unmap","driver":"qcow2","file":"f-disk0-0","node-name":"d-disk0","read-only":false}
             -device virtio-scsi-pci,id=scsi
             -device scsi-hd,id=disk-disk0,drive=d-disk0,serial=disk0,bus=scsi.0
-            -add-fd fd=101,set=2
+            -add-fd fd=101,set=2,opaque=disk-disk1
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk1-0","read-only":true}
             -blockdev {"discard":"unmap","driver":"raw","file":"f-disk1-0","node-name":"d-disk1","read-only":true}
             -device scsi-cd,id=disk-disk1,drive=d-disk1,serial=disk1,bus=scsi.0
@@ -232,15 +232,15 @@ fn a_screen_a_second_serial_port_and_a_name_for_the_guest() {
             -object rng-builtin,id=rng0
             -device virtio-rng-pci,rng=rng0
             -device virtio-balloon-pci,id=balloon0,deflate-on-oom=on
-            -add-fd fd=100,set=1
+            -add-fd fd=100,set=1,opaque=disk-disk0
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/1","node-name":"f-disk0-0","read-only":false}
             -blockdev {"backing":null,"discard":"unmap","driver":"qcow2","file":"f-disk0-0","node-name":"d-disk0","read-only":false}
             -device virtio-blk-pci,id=disk-disk0,drive=d-disk0,serial=disk0
-            -add-fd fd=101,set=2
+            -add-fd fd=101,set=2,opaque=disk-disk1
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/2","node-name":"f-disk1-0","read-only":true}
             -blockdev {"discard":"unmap","driver":"raw","file":"f-disk1-0","node-name":"d-disk1","read-only":true}
             -device ide-cd,id=disk-disk1,drive=d-disk1,serial=disk1,bus=ide.0,unit=0
-            -add-fd fd=102,set=3
+            -add-fd fd=102,set=3,opaque=disk-disk2
             -blockdev {"discard":"unmap","driver":"file","filename":"/dev/fdset/3","node-name":"f-disk2-0","read-only":false}
             -blockdev {"discard":"unmap","driver":"raw","file":"f-disk2-0","node-name":"d-disk2","read-only":false}
             -device ide-hd,id=disk-disk2,drive=d-disk2,serial=disk2,bus=ide.0,unit=1,bootindex=0

@@ -9,6 +9,13 @@ fn start(lab: &Lab, name: &str, text: &str) {
     lab.ok(&["start", name, "--wait", "ready", "--timeout", "170"]);
 }
 
+/// Whether a machine's hypervisor has a file open whose path has `part`.
+fn holds(lab: &Lab, name: &str, part: &str) -> bool {
+    let open = std::fs::read_dir(format!("/proc/{}/fd", lab.pid_of_hypervisor(name))).unwrap();
+    let mut paths = open.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    paths.any(|path| path.to_string_lossy().contains(part))
+}
+
 fn kernel_boot(more: &str) -> String {
     let (kernel, initrd) = (assets::kernel(), assets::shell());
     format!(
@@ -27,7 +34,9 @@ fn devices_come_and_go_while_the_machine_runs() {
     let sees = |typed: &str, answer: &str| lab.type_and_see("a", typed, answer);
     sees("sleep 2; echo disk-$(cat /sys/block/vda/size)\n", "disk-2097152");
     sees("echo written > /dev/vda; sync; echo read-$(head -c 7 /dev/vda)\n", "read-written");
+    assert!(holds(&lab, "a", "disk0"));
     lab.ok(&["set", "a", "--remove-disk", "disk0"]);
+    assert!(!holds(&lab, "a", "disk0"), "its space is held");
     sees("ls /sys/block/vda || echo gone-$((4 + 4))\n", "gone-8");
     lab.ok(&["set", "a", "--add-nic", "default"]);
     sees("sleep 2; echo nic-$(cat /sys/class/net/eth0/address)\n", "nic-52:4c:");
@@ -55,6 +64,16 @@ fn devices_come_and_go_while_the_machine_runs() {
     assert!(complaint.contains("memory.max"), "{complaint}");
 }
 
+#[test]
+fn the_newer_board_keeps_what_was_there_from_the_start() {
+    let lab = Lab::new();
+    let text = kernel_boot("board: q35\n").replace("nics: []", "nics: [{}]");
+    start(&lab, "a", &text);
+    let complaint = lab.fails(&["set", "a", "--remove-nic", "nic0"]);
+    assert!(complaint.contains("nic-nic0 was there from the start"), "{complaint}");
+    assert_eq!(lab.json(&["inspect", "a"])["machine"]["nics"].as_array().unwrap().len(), 1);
+}
+
 /// The old board lets go of what was there from the start.
 #[test]
 fn devices_go_that_were_there_from_the_start() {
@@ -67,7 +86,9 @@ fn devices_go_that_were_there_from_the_start() {
         "echo blk-$(ls /sys/block | grep -c vd) net-$(ls /sys/class/net | grep -c eth)\n",
         "blk-2 net-2",
     );
+    assert!(holds(&lab, "a", "disk0"));
     lab.ok(&["set", "a", "--remove-disk", "disk0"]);
+    assert!(!holds(&lab, "a", "disk0"), "its space is held");
     lab.ok(&["set", "a", "--remove-nic", "nic0"]);
     sees("echo now-$(ls /sys/block | grep -c vd)-$(ls /sys/class/net | grep -c eth)\n", "now-1-1");
     lab.ok(&["set", "a", "--add-nic", "default"]);

@@ -106,6 +106,31 @@ fn an_interface_is_shared_or_given_away() {
     assert!(said.contains("interface 'eth9' not found"), "{said}");
 }
 
+/// As soon as the guest has let go of it, not only when the machine ends.
+#[test]
+fn what_is_taken_away_is_given_back() {
+    let cable = Cable::new("back");
+    let lab = Lab::within(&cable.host);
+    let (kernel, initrd) = (assets::kernel(), assets::shell());
+    let text = format!(
+        "name: a\nboard: pc\nmemory: 256MiB\nready: console:GUEST-READY\n\
+         nics: [{{wire: 'passthrough:eth0', mac: '52:54:00:77:05:01'}}]\n\
+         boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: console=ttyS0 quiet cryptomgr.notests}}\n"
+    );
+    let file = lab.home().join("a.yaml");
+    std::fs::write(&file, text).unwrap();
+    lab.ok(&["create", file.to_str().unwrap()]);
+    lab.ok(&["start", "a", "--wait", "ready", "--timeout", "170"]);
+    // Whoever has it whole does not share it.
+    assert!(!start(&lab, "b", "macvlan:eth0", "10.77.5.9").status.success());
+    lab.ok(&["set", "a", "--remove-nic", "nic0"]);
+    lab.until("the link", || lab.run(&["start", "b", "--wait", "ready"]).status.success());
+    assert!(!lab.run(&["set", "a", "--add-nic", "passthrough:eth0"]).status.success());
+    lab.ok(&["stop", "b", "--force"]);
+    let add = || lab.run(&["set", "a", "--add-nic", "passthrough:eth0"]).status.success();
+    lab.until("the link again", add);
+}
+
 #[test]
 fn a_vxlan_crosses_to_another_host() {
     let cable = Cable::new("vxlan");
@@ -181,6 +206,9 @@ fn zero_os_names_links_in_its_own_words() {
     let got = client.value("kvm.get", json!({"uuid": uuid}));
     let ids = got["params"]["nics"].as_array().unwrap().iter().map(|nic| &nic["id"]);
     assert_eq!(ids.collect::<Vec<_>>(), ["", "lan0", "7", "eth0", "lan1", "lan2"]);
+    assert_eq!(got["ifctargets"].as_array().unwrap().len(), 6, "{got}");
+    let info = client.value("kvm.info", json!({"uuid": uuid}));
+    assert_eq!(info["Net"].as_array().unwrap().len(), 6, "{info}");
     let ports = links(&cable.host).iter().filter(|name| name.starts_with("lg")).count();
     assert_eq!(ports, 3, "one for each bridge that is joined");
     client.value("kvm.destroy", json!({"uuid": uuid}));

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
 use super::QemuFacts;
-use super::plan::{block_nodes, disk_device, nic_device};
+use super::plan::{block_nodes, disk_device, disk_id, nic_device};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::throttle;
 use crate::backend::DiskFiles;
@@ -275,17 +275,17 @@ impl Control {
             return Err(format!("{}: only virtio disks can be plugged in", disk.name));
         }
         let bus = self.free_port(board).await?;
+        let id = disk_id(disk.name.as_str());
         let mut names = Vec::new();
         for (depth, layer) in files.layers.iter().enumerate() {
             let fd = open(depth, depth == 0 && !disk.read_only)?;
             if layer.remote.is_some() {
-                let name = format!("disk-{}", disk.name);
-                let lent = self.qmp.ask_with_fd("getfd", json!({"fdname": name}), fd.as_fd()).await;
+                let lent = self.qmp.ask_with_fd("getfd", json!({"fdname": id}), fd.as_fd()).await;
                 lent.map_err(|e| e.to_string())?;
-                names.push(name);
+                names.push(id.clone());
                 continue;
             }
-            let added = self.qmp.ask_with_fd("add-fd", json!({}), fd.as_fd()).await;
+            let added = self.qmp.ask_with_fd("add-fd", json!({"opaque": id}), fd.as_fd()).await;
             let set = added.map_err(|e| e.to_string())?["fdset-id"].clone();
             names.push(format!("/dev/fdset/{set}"));
         }
@@ -311,6 +311,7 @@ impl Control {
             for node in added.iter().rev() {
                 let _ = self.qmp.ask("blockdev-del", json!({"node-name": node})).await;
             }
+            self.let_go_of_files(&id).await;
         }
         result.map_err(|e| e.to_string())?;
         if disk.limits.is_some() { self.limit_disk(disk, board).await } else { Ok(()) }
@@ -318,7 +319,14 @@ impl Control {
 
     /// Takes a disk away, with all its layers.
     pub async fn remove_disk(&self, name: &str) -> Result<(), String> {
-        self.unplug(&format!("disk-{name}")).await?;
+        let id = disk_id(name);
+        self.unplug(&id).await?;
+        let deleted = self.delete_nodes(name).await;
+        self.let_go_of_files(&id).await;
+        deleted
+    }
+
+    async fn delete_nodes(&self, name: &str) -> Result<(), String> {
         for depth in 0.. {
             let node = if depth == 0 { format!("d-{name}") } else { format!("d-{name}-{depth}") };
             for node in [node, format!("f-{name}-{depth}")] {
@@ -332,6 +340,17 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    /// QEMU holds what it was handed for a device until it is told not to, and with it the space of
+    /// files that are deleted.
+    async fn let_go_of_files(&self, device: &str) {
+        let sets = self.qmp.ask("query-fdsets", Value::Null).await.unwrap_or_default();
+        for set in sets.as_array().into_iter().flatten() {
+            if set["fds"][0]["opaque"] == device {
+                let _ = self.qmp.ask("remove-fd", json!({"fdset-id": set["fdset-id"]})).await;
+            }
+        }
     }
 
     pub async fn add_nic(&self, nic: &Nic, board: Board, tap: OwnedFd) -> Result<(), String> {
@@ -360,8 +379,15 @@ impl Control {
     /// first without the name; only the one with the name counts.
     async fn unplug(&self, id: &str) -> Result<(), String> {
         let mut events = self.events.subscribe();
-        let asked = self.qmp.ask("device_del", json!({"id": id})).await;
-        asked.map_err(|e| e.to_string())?;
+        self.qmp.ask("device_del", json!({"id": id})).await.map_err(|error| match error {
+            QmpError::Refused { text, .. } if text.contains("does not support hotplugging") => {
+                format!(
+                    "{id} was there from the start, and the q35 board lets go only of what came \
+                     later; stop the machine first, or give it `board: pc`"
+                )
+            }
+            other => other.to_string(),
+        })?;
         let gone = async {
             while let Ok(event) = events.recv().await {
                 let named = event.data["device"] == json!(id);

@@ -4,7 +4,7 @@
 mod devices;
 mod extras;
 
-pub(crate) use devices::{block_nodes, disk_device, nic_device};
+pub(crate) use devices::{block_nodes, disk_device, disk_id, nic_device};
 
 use lodge_jail::{Bind, FuseMount, JailPlan};
 use lodge_spec::capability::{Feature, Need, needs};

@@ -117,10 +117,12 @@ fn a_machine_from_its_making_to_its_end_cases_2_and_20_to_24() {
     assert_eq!(got["params"]["port"], json!({port.to_string(): 80}));
     assert_eq!((&got["default_ip"], &got["id"]), (&json!("172.19.0.2"), &json!(2)));
     assert_eq!(got["params"]["nics"][0]["hwaddr"], "00:28:06:82:00:02");
-    assert_eq!(
-        (&got["name"], &got["state"], &got["vnc"]),
-        (&json!("My VM"), &json!("running"), &json!(-1))
-    );
+    assert_eq!((&got["name"], &got["state"]), (&json!("My VM"), &json!("running")));
+    assert_eq!(got["ifctargets"].as_array().unwrap().len(), 1, "{got}");
+    let screen = got["vnc"].as_u64().unwrap();
+    let mut greeting = [0; 12];
+    TcpStream::connect(("127.0.0.1", screen as u16)).unwrap().read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"RFB 003.008\n");
     assert_eq!(client.value("kvm.get", json!({"name": "My VM"}))["uuid"], uuid.as_str());
     assert!(served(port).ends_with("configured\n"));
     let lodge = door.lab.json(&["ls"])[0]["name"].as_str().unwrap().to_owned();
@@ -148,7 +150,7 @@ fn a_machine_from_its_making_to_its_end_cases_2_and_20_to_24() {
 
 #[test]
 fn disks_come_and_go_and_are_limited() {
-    let door = Door::new("");
+    let door = Door::new("vnc_address = 'off'");
     let mut client = door.client();
     let file = |name: &str| {
         let path = door.lab.home().join(name);
@@ -161,6 +163,7 @@ fn disks_come_and_go_and_are_limited() {
     let media = json!([{"url": first, "type": "disk", "iotune": tune}]);
     let uuid = client
         .value("kvm.create", json!({"name": "limited", "cpu": 1, "memory": 128, "media": media}));
+    assert_eq!(client.value("kvm.get", json!({"uuid": uuid}))["vnc"], -1);
     // Each disk is told of, by its name.
     let mut told = Value::Null;
     door.lab.until("reads", || {
@@ -200,6 +203,49 @@ fn disks_come_and_go_and_are_limited() {
         "totalbytessec": 5, "readbytessecset": true, "readbytessec": 5});
     let (_, why) = client.error("kvm.limit_disk_io", both);
     assert!(why.contains("excludes"), "{why}");
+}
+
+/// Each keeps its own name, whichever others go and come.
+#[test]
+fn disks_are_not_taken_for_one_another() {
+    let door = Door::new("");
+    let flist = Flist::new(&door.lab, "a.flist", |_| {});
+    let mut client = door.client();
+    let file = |name: &str| {
+        let path = door.lab.home().join(name);
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        (format!("file://{}", path.display().to_string().replace(' ', "%20")), path)
+    };
+    let [one, two, three] = ["one.img", "two of them.img", "three.img"].map(file);
+    let media = json!([{"url": one.0, "type": "disk"}, {"url": two.0, "type": "disk"}]);
+    let uuid = client.value("kvm.create", create(&flist, "many", json!({"media": media})));
+    let of = |url: &str| json!({"uuid": uuid, "media": {"url": url}});
+    let disks = || {
+        let machine = door.lab.json(&["inspect", "many"])["machine"].clone();
+        let disk = |disk: &Value| {
+            let text = |key: &str| disk[key].as_str().unwrap().to_owned();
+            let limited = disk["limits"] != Value::Null;
+            (text("name"), std::path::PathBuf::from(text("source")), limited)
+        };
+        machine["disks"].as_array().unwrap().iter().map(disk).collect::<Vec<_>>()
+    };
+    let named = |name: &str, path: &std::path::Path, limited| {
+        (name.to_owned(), path.to_owned(), limited)
+    };
+    // A guest that is still starting does not hear that something is to go.
+    door.lab.until("the guest", || door.lab.console_text("many").contains("GUEST-READY"));
+    client.value("kvm.detach_disk", of(&one.0));
+    client.value("kvm.attach_disk", of(&three.0));
+    let mut limit = of(&two.0);
+    limit["totaliopssecset"] = json!(true);
+    limit["totaliopssec"] = json!(100);
+    client.value("kvm.limit_disk_io", limit);
+    assert_eq!(disks(), [named("vdb", &two.1, true), named("vdc", &three.1, false)]);
+    client.value("kvm.detach_disk", of(&two.0));
+    client.value("kvm.attach_disk", of(&one.0));
+    assert_eq!(disks(), [named("vdc", &three.1, false), named("vdb", &one.1, false)]);
+    let media = client.value("kvm.get", json!({"uuid": uuid}))["params"]["media"].clone();
+    assert_eq!(media[1], json!({"url": one.0, "type": "", "bus": ""}));
 }
 
 /// What the guest's web server answers behind a port of this host.

@@ -66,11 +66,11 @@ impl Arguments {
         });
     }
 
-    /// Hands a file over as a descriptor; returns the name by which QEMU opens it.
-    fn file(&mut self, path: &Path, writable: bool) -> String {
+    /// Hands a file of a device over as a descriptor; returns the name by which QEMU opens it.
+    fn file(&mut self, path: &Path, writable: bool, device: &str) -> String {
         let fd = self.open(path, writable, None);
         let set = self.files.len();
-        self.add("-add-fd", format!("fd={fd},set={set}"));
+        self.add("-add-fd", format!("fd={fd},set={set},opaque={device}"));
         format!("/dev/fdset/{set}")
     }
 
@@ -83,9 +83,9 @@ impl Arguments {
     }
 
     /// Hands a layer over; returns the name by which QEMU knows it.
-    fn layer(&mut self, layer: &Layer, writable: bool) -> String {
+    fn layer(&mut self, layer: &Layer, writable: bool, device: &str) -> String {
         match &layer.remote {
-            None => self.file(&layer.path, writable),
+            None => self.file(&layer.path, writable, device),
             Some(remote) => self.open(&layer.path, writable, Some(remote.clone())).to_string(),
         }
     }
@@ -151,6 +151,11 @@ fn boot_index(ranks: &[BootDevice], kind: BootDevice, nth: usize) -> String {
     }
 }
 
+/// What a disk is called as a device; whose its files are is told by this.
+pub(crate) fn disk_id(disk: &str) -> String {
+    format!("disk-{disk}")
+}
+
 /// The block nodes of a disk, the lowest layer first; the uppermost is named after the disk.
 pub(crate) fn block_nodes(
     disk: &str,
@@ -213,14 +218,15 @@ pub(crate) fn disk_device(disk: &Disk, virtio: &str) -> String {
         (DiskBus::Scsi, Media::Disk) => "scsi-hd",
         (DiskBus::Scsi, Media::Cdrom) => "scsi-cd",
     };
-    format!("{model},id=disk-{0},drive=d-{0},serial={1}", disk.name, disk.serial)
+    let name = disk.name.as_str();
+    format!("{model},id={},drive=d-{name},serial={}", disk_id(name), disk.serial)
 }
 
 fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootDevice]) {
-    let nodes =
-        block_nodes(disk.name.as_str(), &files.layers, disk.read_only, |layer, writable| {
-            args.layer(layer, writable)
-        });
+    let (name, id) = (disk.name.as_str(), disk_id(disk.name.as_str()));
+    let nodes = block_nodes(name, &files.layers, disk.read_only, |layer, writable| {
+        args.layer(layer, writable, &id)
+    });
     for node in nodes {
         args.add("-blockdev", node.to_string());
     }
@@ -257,12 +263,13 @@ fn add_disk(args: &mut Arguments, disk: &Disk, files: &DiskFiles, boots: &[BootD
 
 fn read_only_disk(args: &mut Arguments, path: &Path, name: &str, serial: &str) {
     let layer = Layer::file(path.to_owned(), DiskFormat::Raw);
-    let nodes = block_nodes(name, &[layer], true, |layer, _| args.file(&layer.path, false));
+    let id = disk_id(name);
+    let nodes = block_nodes(name, &[layer], true, |layer, _| args.file(&layer.path, false, &id));
     for node in nodes {
         args.add("-blockdev", node.to_string());
     }
     let model = args.virtio("blk");
-    args.add("-device", format!("{model},id=disk-{name},drive=d-{name},serial={serial}"));
+    args.add("-device", format!("{model},id={id},drive=d-{name},serial={serial}"));
 }
 
 /// The device of an interface, without the bus it goes to.
@@ -310,7 +317,7 @@ pub(super) fn uefi(args: &mut Arguments, code: &Path, survey: &Survey) {
     let vars = survey.state.join("uefi-vars.fd");
     for (name, path, writable) in [("uefi-code", code, false), ("uefi-vars", vars.as_path(), true)]
     {
-        let filename = args.file(path, writable);
+        let filename = args.file(path, writable, name);
         let node = json!({
             "driver": "file",
             "node-name": name,
