@@ -229,9 +229,8 @@ fn disks_are_not_taken_for_one_another() {
         };
         machine["disks"].as_array().unwrap().iter().map(disk).collect::<Vec<_>>()
     };
-    let named = |name: &str, path: &std::path::Path, limited| {
-        (name.to_owned(), path.to_owned(), limited)
-    };
+    let named =
+        |name: &str, path: &std::path::Path, limited| (name.to_owned(), path.to_owned(), limited);
     // A guest that is still starting does not hear that something is to go.
     door.lab.until("the guest", || door.lab.console_text("many").contains("GUEST-READY"));
     client.value("kvm.detach_disk", of(&one.0));
