@@ -232,11 +232,8 @@ pub(crate) fn zero_os(paths: &Paths, flags: &Flags) -> Result<Option<ZeroOs>> {
         None => Some(Ipv4Addr::LOCALHOST.into()),
         Some("off") => None,
         Some(text) => {
-            let address = text.parse();
-            Some(
-                address
-                    .map_err(|_| anyhow!("zero_os.vnc_address: {text:?} is not an IP or off"))?,
-            )
+            let wrong = |_| anyhow!("zero_os.vnc_address: {text:?} is not an IP or off");
+            Some(text.parse().map_err(wrong)?)
         }
     };
     let settings = zero_os::Settings {

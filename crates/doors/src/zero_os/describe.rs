@@ -41,14 +41,12 @@ impl Machine {
 
     /// What `kvm.list` and `kvm.get` say.
     pub(super) fn value(&self, ends: &Ends) -> Value {
-        let mut params = json!(self.params);
-        if let Some(all) = params["nics"].as_array_mut() {
-            for nic in all.iter_mut().filter(|nic| nic["type"] == "default") {
-                nic["hwaddr"] = json!(nics::mac(self.sequence));
-            }
+        let mut params = self.params.clone();
+        for nic in params.nics.iter_mut().filter(|nic| nic.kind == "default") {
+            nic.hwaddr = nics::mac(self.sequence);
         }
-        for medium in params["media"].as_array_mut().into_iter().flatten() {
-            let _ = medium.as_object_mut().map(|medium| medium.remove("disk"));
+        for media in params.media.iter_mut().flatten() {
+            media.disk.clear();
         }
         json!({
             "id": self.sequence,

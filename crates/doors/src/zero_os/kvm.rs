@@ -295,7 +295,7 @@ impl<C: Control> Door<C> {
         let machine = self.find(&text(arguments, "uuid")).await?;
         let mut media: Media = serde_json::from_value(arguments["media"].clone())
             .map_err(|e| Failure::new(e.to_string()))?;
-        let all = machine.params.media.clone().unwrap_or_default();
+        let all = machine.params.media.as_deref().unwrap_or_default();
         if all.iter().any(|m| m.url == media.url) {
             return Err(Failure::new("The disk you tried is already attached to the vm"));
         }

@@ -53,6 +53,7 @@ impl Live {
         facts: &Facts,
         networks: &Mutex<()>,
     ) -> Result<(), String> {
+        let nic_goes = matches!(change, Change::RemoveNic { .. });
         match (&change, &self.drive) {
             (Change::AddPort { .. } | Change::RemovePort { .. }, _) => {
                 self.set_ports(Forward::all(machine)).await
@@ -70,7 +71,8 @@ impl Live {
             (_, Drive::Firecracker(_)) => Err("firecracker takes nothing in or out while it runs \
                                                here; stop the machine first"
                 .into()),
-        }
+        }?;
+        if nic_goes { self.keep_taps(&survey.nics).await } else { Ok(()) }
     }
 
     async fn change_qemu(
@@ -112,10 +114,7 @@ impl Live {
                 let add = |fd| control.add_nic(nic, board, fd);
                 self.with_new_tap(machine, survey, networks, add).await
             }
-            Change::RemoveNic { name } => {
-                control.remove_nic(&name).await?;
-                self.keep_taps(&survey.nics).await
-            }
+            Change::RemoveNic { name } => control.remove_nic(&name).await,
             Change::AddPort { .. } | Change::RemovePort { .. } | Change::Document { .. } => Ok(()),
         }
     }
@@ -154,10 +153,7 @@ impl Live {
                 let nic = machine.nics.last().ok_or("no nic")?;
                 self.with_new_tap(machine, survey, networks, |fd| control.add_nic(nic, fd)).await
             }
-            Change::RemoveNic { name } => {
-                control.remove(&cloud::nic_id(&name)).await?;
-                self.keep_taps(&survey.nics).await
-            }
+            Change::RemoveNic { name } => control.remove(&cloud::nic_id(&name)).await,
             Change::DiskLimits { .. } => {
                 Err("cloud-hypervisor takes limits of disks only when it \
                                               is started; stop the machine first"

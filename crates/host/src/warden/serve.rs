@@ -1,6 +1,7 @@
 //! The warden's life beside its hypervisor: console, ports, readiness, and those who ask.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -34,7 +35,8 @@ pub(super) struct Shared {
     log: RefCell<Log>,
     output: broadcast::Sender<Rc<[u8]>>,
     tells: broadcast::Sender<Tell>,
-    networks: RefCell<Vec<(String, tokio::task::JoinHandle<()>)>>,
+    /// Who holds each interface, by its name.
+    networks: RefCell<HashMap<String, tokio::task::JoinHandle<()>>>,
     forwards: RefCell<Vec<(Forward, tokio::task::JoinHandle<()>)>>,
     /// How many guests' connections are served at once.
     pub(super) visitors: Cell<usize>,
@@ -362,14 +364,9 @@ async fn answer(shared: &Rc<Shared>, stream: &UnixStream, ask: Ask) -> bool {
             fdpass::send(stream, &Tell::Ports { error }, None).await.is_ok()
         }
         Ask::Untap { interface } => {
-            let mut networks = shared.networks.borrow_mut();
-            networks.retain(|(name, task)| {
-                let stays = *name != interface;
-                if !stays {
-                    task.abort();
-                }
-                stays
-            });
+            if let Some(task) = shared.networks.borrow_mut().remove(&interface) {
+                task.abort();
+            }
             shared.status.borrow_mut().taps.retain(|tap| tap.interface != interface);
             true
         }
@@ -422,7 +419,7 @@ fn watch_network(
         }
         watched.mark("network-lost", "the network's keeper is gone");
     });
-    shared.networks.borrow_mut().push((tap.interface.clone(), task));
+    shared.networks.borrow_mut().insert(tap.interface.clone(), task);
     shared.status.borrow_mut().taps.push(tap);
 }
 

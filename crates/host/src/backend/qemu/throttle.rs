@@ -4,6 +4,8 @@ use lodge_spec::machine::{Board, Disk, DiskBus};
 use lodge_spec::throttle::{DiskLimits, Rates};
 use serde_json::{Value, json};
 
+use super::plan::disk_id;
+
 /// The command that sets them.
 pub(super) const COMMAND: &str = "block_set_io_throttle";
 
@@ -12,11 +14,12 @@ pub(super) fn arguments(disk: &Disk, board: Board) -> Value {
     let (unlimited, none) = (DiskLimits::default(), Rates::default());
     let limits = disk.limits.as_ref().unwrap_or(&unlimited);
     // A virtio disk on PCI is a device within a device, and the inner one has the blocks.
+    let id = disk_id(disk.name.as_str());
     let id = match (disk.bus, board) {
         (DiskBus::Virtio, Board::Q35 | Board::Pc) => {
-            format!("/machine/peripheral/disk-{}/virtio-backend", disk.name)
+            format!("/machine/peripheral/{id}/virtio-backend")
         }
-        _ => format!("disk-{}", disk.name),
+        _ => id,
     };
     let mut all = json!({"id": id});
     for (kind, rates) in [("bps", &limits.bytes), ("iops", &limits.operations)] {
